@@ -1,0 +1,182 @@
+"""Calibration and validation data: images or arrays, checked before they are used."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from edgekit.errors import ConversionError
+from edgekit.manifest import ImageInput
+from edgekit.preprocess import ImagePreprocessor, quantize
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
+
+# Fewer leave int8 ranges to chance.
+FEW = 32
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images at the model's size, or float tensors ready for it, in ``x`` of shape (n, height, width, channels).
+
+    Attributes:
+        x: uint8 pixels as :meth:`ImagePreprocessor.resize` gives them, or float32 input tensors.
+        class_ids: of each, where the data is labelled.
+        digest: SHA-256 of ``x``.
+    """
+
+    x: npt.NDArray[Any]
+    class_ids: npt.NDArray[np.int64] | None
+    digest: str
+
+    def tensors(self, preprocess: ImagePreprocessor, scale: float = 0.0, zero_point: int = 0) -> Iterator[npt.NDArray[Any]]:
+        """The input tensors, each (1, height, width, channels), exactly as the device makes them from these images."""
+        for item in self.x:
+            if item.dtype == np.uint8:
+                yield preprocess(item)
+            else:
+                yield (quantize(item, preprocess.dtype, scale, zero_point) if scale else item)[None]
+
+
+def load(
+    path: str,
+    what: str,
+    input: ImageInput,
+    folder: Path,
+    *,
+    limit: int,
+    classes: int | None = None,
+    labels: tuple[str, ...] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Dataset:
+    """Reads a folder of images, or an ``.npz`` with ``x`` (and ``y``), or an ``.npy``.
+
+    Args:
+        path: the folder or file.
+        what: ``calibration`` or ``validation``, for the messages.
+        input: size and preprocessing of the model.
+        folder: where the resized images are kept, on disk, as they may be many.
+        limit: take at most so many, evenly spread over the data.
+        classes: the data must be labelled (a folder per class, or ``y``), with class numbers below this.
+        labels: names of the classes, which the folders must have; without them the folders count in order of their names.
+        progress: called with how many are read, of how many.
+
+    Raises:
+        ConversionError: there is no data, or it does not fit: not finite, of another shape or type, not readable.
+    """
+    where = f"{what} {path}"
+    source = Path(path)
+    if source.is_dir():
+        items, class_ids = _from_folder(source, where, classes, labels)
+    elif source.suffix in (".npz", ".npy") and source.is_file():
+        items, class_ids = _from_arrays(source, where, classes, input)
+    else:
+        raise ConversionError(
+            where, expected="a folder of images, or an .npz or .npy file", got="neither" if source.exists() else "nothing there"
+        )
+    if not len(items):
+        raise ConversionError(where, expected="at least one image", got="none", mend="give 100 or more")
+    if class_ids is not None and classes is not None and not 0 <= class_ids.min() <= class_ids.max() < classes:
+        raise ConversionError(
+            where, expected=f"class numbers 0 to {classes - 1}", got=f"{class_ids.min()} to {class_ids.max()}"
+        )
+    chosen = np.linspace(0, len(items) - 1, min(limit, len(items))).round().astype(int)
+    preprocess = ImagePreprocessor(input)
+    shape = (len(chosen), *preprocess.shape_nhwc[1:])
+    floats = isinstance(items, np.ndarray) and items.dtype != np.uint8
+    x = np.lib.format.open_memmap(
+        folder / f"{what}.npy", mode="w+", dtype=np.float32 if floats else np.uint8, shape=shape
+    )
+    digest = hashlib.sha256()
+    for number, index in enumerate(chosen):
+        item = items[index]
+        x[number] = item if floats else preprocess.resize(*_image(item, where))
+        digest.update(x[number].tobytes())
+        progress(number + 1, len(chosen))
+    x.flush()
+    if floats and not np.isfinite(x).all():
+        raise ConversionError(where, expected="finite numbers", got="NaN or infinity", mend="mend the data")
+    return Dataset(x, None if class_ids is None else class_ids[chosen], digest.hexdigest())
+
+
+def _image(item: Path | npt.NDArray[np.uint8], where: str) -> tuple[npt.NDArray[np.uint8], Any]:
+    """The image and its channel order."""
+    if isinstance(item, np.ndarray):
+        return item, "rgb"
+    content = np.fromfile(item, np.uint8)
+    image = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
+    if image is None:
+        raise ConversionError(f"{where}: {item} is not a readable image", mend="remove or replace it")
+    return image, "bgr"
+
+
+def _from_folder(
+    folder: Path, where: str, classes: int | None, labels: tuple[str, ...]
+) -> tuple[list[Path], npt.NDArray[np.int64] | None]:
+    if classes is None:
+        return _images(folder), None
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    if not names:
+        raise ConversionError(where, expected="a folder of images for each class", got="no folders")
+    if labels:
+        if strange := [name for name in names if name not in labels]:
+            raise ConversionError(
+                where, expected="folders named as the labels are", got=repr(strange[0]), mend="rename it or mend --labels"
+            )
+        numbers = [labels.index(name) for name in names]
+    elif len(names) != classes:
+        raise ConversionError(where, expected=f"{classes} folders, one for each class", got=str(len(names)))
+    else:
+        numbers = list(range(classes))
+    items = [(path, number) for name, number in zip(names, numbers, strict=True) for path in _images(folder / name)]
+    return [path for path, _ in items], np.array([number for _, number in items], np.int64)
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _from_arrays(
+    source: Path, where: str, classes: int | None, input: ImageInput
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64] | None]:
+    try:
+        loaded = np.load(source, allow_pickle=False)
+        arrays = dict(loaded) if source.suffix == ".npz" else {"x": loaded}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ConversionError(f"{where} cannot be read ({error})", mend="write it with numpy.savez") from error
+    if "x" not in arrays or (classes is not None and "y" not in arrays):
+        raise ConversionError(
+            where, expected="arrays named x and y" if classes is not None else "an array named x", got=str(list(arrays))
+        )
+    x, channels = arrays["x"], input.channels
+    if x.ndim == 3 and channels == 1:
+        x = x[..., None]
+    if x.dtype == np.uint8:
+        fits = x.ndim == 4 and x.shape[3] in (1, 3)
+        expected = "(n, height, width, 3)"
+    elif x.dtype in (np.float32, np.float64):
+        tensor = (input.size_wh[1], input.size_wh[0], channels)
+        fits = x.shape[1:] == tensor
+        expected = f"(n, {', '.join(map(str, tensor))}), ready for the model"
+    else:
+        raise ConversionError(
+            f"{where}: x", expected="uint8 images or float32 input tensors", got=str(x.dtype), mend="convert it"
+        )
+    if not fits:
+        raise ConversionError(f"{where}: x of {x.dtype}", expected=f"shape {expected}", got=str(x.shape))
+    if classes is None:
+        return x, None
+    y = arrays["y"]
+    if y.shape != (len(x),) or y.dtype.kind not in "iu":
+        raise ConversionError(
+            f"{where}: y", expected=f"{len(x)} whole class numbers", got=f"{y.dtype} of shape {y.shape}"
+        )
+    return x, y.astype(np.int64)

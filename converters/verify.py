@@ -1,0 +1,196 @@
+"""Holds a converted model against the Keras model, in every TFLite runtime at hand."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekit import runtimes
+from edgekit.converters.data import Dataset
+from edgekit.decode import NotFiniteError, scores
+from edgekit.errors import ConversionError
+from edgekit.flatbuffer import Model
+from edgekit.manifest import ImageInput, Output, RuntimeCheck, Verification
+from edgekit.preprocess import ImagePreprocessor
+
+# A Python with tflite-runtime, where this one cannot have it: its wheel needs NumPy 1 and Python 3.11 at most.
+PYTHON_VARIABLE = "EDGEKIT_TFLITE_RUNTIME_PYTHON"
+
+# The same model in two runtimes differs by the rounding of their kernels. A runtime that is wrong is off by far more.
+MAX_MEAN_DIFFERENCE = 0.01
+MIN_AGREEMENT = 0.95
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A TFLite runtime that can be tried: its module, its version and the Python that has it."""
+
+    name: str
+    module: str
+    version: str
+    python: str
+
+
+def find_runtimes() -> list[Runtime]:
+    """The runtimes of this Python, and tflite-runtime of the one that ``EDGEKIT_TFLITE_RUNTIME_PYTHON`` names.
+
+    Raises:
+        ConversionError: that one does not have it.
+    """
+    found = {
+        name: Runtime(name, runtimes.RUNTIMES[name][0], version, sys.executable)
+        for name, version in runtimes.installed().items()
+    }
+    if python := os.environ.get(PYTHON_VARIABLE):
+        ask = "import importlib.metadata as m; print(m.version('tflite-runtime'))"
+        try:
+            answer = subprocess.run([python, "-c", ask], capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ConversionError(f"{PYTHON_VARIABLE}={python} does not run ({error})") from error
+        if answer.returncode:
+            raise ConversionError(f"{PYTHON_VARIABLE}={python} has no tflite-runtime", mend="install it there or unset it")
+        module = runtimes.RUNTIMES["tflite-runtime"][0]
+        found["tflite-runtime"] = Runtime("tflite-runtime", module, answer.stdout.strip(), python)
+    return list(found.values())
+
+
+def verify(
+    model_path: Path,
+    input: ImageInput,
+    output: Output,
+    compared: Dataset,
+    keras_outputs: npt.NDArray[np.float32],
+    data: Any,
+    progress: Callable[[str, int, int], None],
+) -> tuple[dict[str, RuntimeCheck], Verification]:
+    """Runs ``compared`` through the model in each runtime, by the device's own preprocessing and decoding.
+
+    Args:
+        keras_outputs: of the Keras model on the same data, shape (n, classes).
+        data: which data it is, for :class:`Verification`.
+
+    Returns:
+        What became of each runtime, and the figures in the preferred one of those that are right.
+
+    Raises:
+        ConversionError: no runtime gives the outputs of the Keras model.
+    """
+    model = Model(model_path.read_bytes(), str(model_path))
+    given, made = model.inputs[0], model.outputs[0]
+    quantization = (given.scale[0], given.zero_point[0]) if given.scale else (0.0, 0)
+    preprocess = ImagePreprocessor(input, given.dtype, *quantization)
+    inputs = model_path.parent / "inputs.npy"
+    tensors = np.lib.format.open_memmap(
+        inputs, mode="w+", dtype=given.dtype, shape=(len(compared.x), *preprocess.shape_nhwc[1:])
+    )
+    for number, tensor in enumerate(compared.tensors(preprocess, *quantization)):
+        tensors[number] = tensor[0]
+    tensors.flush()
+    keras_scores = scores(keras_outputs, output)
+    found: dict[str, npt.NDArray[np.float32]] = {}
+    checks: dict[str, RuntimeCheck] = {}
+    available = {runtime.name: runtime for runtime in find_runtimes()}
+    for name in runtimes.RUNTIMES:
+        if name not in available:
+            hint = f"; name a Python that has it in {PYTHON_VARIABLE}" if name == "tflite-runtime" else ""
+            checks[name] = RuntimeCheck(status="not-installed", detail=f"not tried{hint}")
+            continue
+        runtime = available[name]
+        outputs = model_path.parent / f"{name}.npy"
+        failure = _replay(
+            runtime, model_path, inputs, outputs, lambda done, name=name: progress(f"checking in {name}", done, len(tensors))
+        )
+        try:
+            if not failure:
+                found[name] = scores(
+                    np.load(outputs), output, *((made.scale[0], made.zero_point[0]) if made.scale else (0.0, 0))
+                )
+        except NotFiniteError as error:
+            failure = str(error)
+        checks[name] = RuntimeCheck(status="failed", version=runtime.version, detail=failure)
+    if not found:
+        reasons = "; ".join(f"{name}: {check.detail}" for name, check in checks.items())
+        raise ConversionError(f"the converted model runs in no TFLite runtime ({reasons})", mend="try another --quantize")
+    reference = min(found, key=lambda name: float(np.abs(found[name] - keras_scores).mean()))
+    for name, values in found.items():
+        difference = np.abs(values - found[reference])
+        agreement = agree(values, found[reference], output)
+        same = difference.mean() <= MAX_MEAN_DIFFERENCE and agreement >= MIN_AGREEMENT
+        checks[name] = RuntimeCheck(
+            status="ok" if same else "differs",
+            version=available[name].version,
+            max_abs_difference=round(float(np.abs(values - keras_scores).max()), 6),
+            top1_agreement=round(agree(values, keras_scores, output), 6),
+            detail="" if same else f"its outputs are off {reference}'s by {difference.mean():.3g} on average: do not use it there",
+        )
+    preferred = next(name for name, check in checks.items() if check.status == "ok")
+    return checks, _figures(found[preferred], keras_scores, compared.class_ids, output, data)
+
+
+def agree(values: npt.NDArray[np.float32], others: npt.NDArray[np.float32], output: Output) -> float:
+    """Share of the rows, shape (n, classes), that name the same: the same highest class or, for several labels at once,
+    the same classes above one half."""
+    if output.multi_label:
+        return float(np.mean(((values >= 0.5) == (others >= 0.5)).all(-1)))
+    return float(np.mean(values.argmax(-1) == others.argmax(-1)))
+
+
+def _figures(
+    values: npt.NDArray[np.float32],
+    keras_scores: npt.NDArray[np.float32],
+    class_ids: npt.NDArray[np.int64] | None,
+    output: Output,
+    data: Any,
+) -> Verification:
+    def top1(of: npt.NDArray[np.float32]) -> float | None:
+        return None if class_ids is None else round(float(np.mean(of.argmax(-1) == class_ids)), 6)
+
+    return Verification(
+        data=data,
+        count=len(values),
+        top1_agreement=None if data == "noise" else round(agree(values, keras_scores, output), 6),
+        mean_abs_difference=round(float(np.abs(values - keras_scores).mean()), 6),
+        top1_keras=top1(keras_scores),
+        top1=top1(values),
+    )
+
+
+def _replay(
+    runtime: Runtime, model: Path, inputs: Path, outputs: Path, progress: Callable[[int], None]
+) -> str:
+    """Empty, or why the runtime failed."""
+    command = [runtime.python, str(Path(__file__).with_name("replay.py")), runtime.module, str(model), str(inputs), str(outputs)]
+    with (
+        (model.parent / f"{runtime.name}.log").open("w+") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as child,
+    ):
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if line.strip().isdigit():
+                    progress(int(line))
+            status = child.wait()
+        finally:
+            child.kill()
+        if status == 0:
+            return ""
+        log.seek(0)
+        lines = log.read().strip().splitlines()
+    return f"{describe_exit(status)}{f': {lines[-1][:200]}' if lines and status > 0 else ''}"
+
+
+def describe_exit(status: int) -> str:
+    """How a child process ended; ``status`` as :class:`subprocess.Popen` gives it, negative for a signal."""
+    if status >= 0:
+        return f"ended with status {status}"
+    name = signal.Signals(-status).name
+    return f"was killed ({name}: out of memory?)" if name == "SIGKILL" else f"crashed ({name})"

@@ -1,0 +1,191 @@
+"""The TensorFlow part of a conversion, in a process of its own: the converter ends the whole process for some models.
+
+Run as ``python -m edgekit.converters.worker`` with a :class:`Job` as JSON on standard input; writes one JSON event a line
+on standard output, and its results into the job's folder.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from edgekit.converters import data
+from edgekit.errors import ConversionError, EdgekitError
+from edgekit.manifest import Calibration, ImageInput
+from edgekit.preprocess import ImagePreprocessor
+
+# More images make no better ranges, and no truer figure.
+MAX_CALIBRATION, MAX_VALIDATION, NOISE_FRAMES = 500, 5000, 16
+BATCH = 32
+
+
+class Job(msgspec.Struct, kw_only=True):
+    """What to convert; see :func:`edgekit.convert`. ``folder`` is where to write."""
+
+    folder: str
+    model: str
+    weights: str
+    labels: tuple[str, ...]
+    calibration: str | None
+    validation: str | None
+    quantize: str
+    input_size: int | None
+    classes: int | None
+    mean: float | None
+    std: float | None
+
+
+class Result(msgspec.Struct, kw_only=True):
+    """What was converted: ``model.tflite``, and for the comparison ``<data>.npy`` (images or tensors), ``keras.npy`` (the
+    Keras model's outputs on them) and, where labelled, ``class_ids.npy``."""
+
+    input: ImageInput
+    calibration: Calibration | None
+    data: str
+    warnings: list[str]
+
+
+class Event(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Progress of a stage, or the end: a result, or an error with a traceback where it was not foreseen."""
+
+    stage: str = ""
+    done: int = 0
+    total: int = 0
+    result: Result | None = None
+    error: str = ""
+    traceback: str = ""
+
+
+def main() -> None:
+    # TensorFlow prints to standard output, in Python and in C++: only our events may go there.
+    events = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+    def tell(event: Event) -> None:
+        events.write(msgspec.json.encode(event) + b"\n")
+
+    try:
+        tell(Event(result=_convert(msgspec.json.decode(sys.stdin.buffer.read(), type=Job), tell)))
+    except EdgekitError as error:
+        tell(Event(error=str(error), traceback=traceback.format_exc()))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        tell(
+            Event(
+                error=f"TensorFlow cannot convert the model ({type(error).__name__}: {reason}); "
+                "try another --quantize, or --debug for the whole story",
+                traceback=traceback.format_exc(),
+            )
+        )
+
+
+def _convert(job: Job, tell: Any) -> Result:
+    tell(Event(stage="loading TensorFlow"))
+    from edgekit.converters import models, recipes
+
+    tell(Event(stage="loading the model"))
+    folder = Path(job.folder)
+    classifier = models.open_model(
+        job.model,
+        weights=job.weights,
+        classes=job.classes or len(job.labels) or None,
+        input_size=job.input_size,
+        mean=job.mean,
+        std=job.std,
+    )
+    if job.labels and len(job.labels) != classifier.classes:
+        raise ConversionError(
+            "--labels", expected=f"{classifier.classes} lines, one for each class of the model", got=str(len(job.labels))
+        )
+    warnings = []
+    if classifier.assumed:
+        warnings.append(
+            f"the model does not say how its pixels are normalized: (x - {classifier.mean[0]:g}) / {classifier.std[0]:g} is "
+            "assumed; say otherwise with --mean and --std"
+        )
+    input = ImageInput(
+        size_wh=classifier.size_wh,
+        channels=3 if classifier.channels == 3 else 1,
+        mean=classifier.mean,
+        std=classifier.std,
+    )
+
+    def load(what: str, path: str, limit: int, classes: int | None) -> data.Dataset:
+        return data.load(
+            path,
+            what,
+            input,
+            folder,
+            limit=limit,
+            classes=classes,
+            labels=job.labels,
+            progress=lambda done, total: tell(Event(stage=f"reading {what} data", done=done, total=total)),
+        )
+
+    # All data is read and checked before the long part.
+    calibration = load("calibration", job.calibration, MAX_CALIBRATION, None) if job.calibration else None
+    validation = load("validation", job.validation, MAX_VALIDATION, classifier.classes) if job.validation else None
+    if calibration and len(calibration.x) < data.FEW:
+        warnings.append(f"{len(calibration.x)} calibration images are few: {data.FEW} or more give steadier int8 ranges")
+
+    stage = f"quantizing to {job.quantize}"
+    tell(Event(stage=stage))
+    preprocess = ImagePreprocessor(input)
+
+    def tensors() -> Iterator[Any]:
+        assert calibration is not None
+        for done, tensor in enumerate(calibration.tensors(preprocess), 1):
+            yield tensor
+            tell(Event(stage=stage, done=done, total=len(calibration.x)))
+
+    Path(folder, "model.tflite").write_bytes(recipes.convert(classifier.static, job.quantize, tensors))
+
+    which = "validation" if validation else "calibration" if calibration else "noise"
+    compared = validation or calibration or _noise(folder, preprocess)
+    _keras_outputs(classifier, compared, preprocess, folder, tell)
+    if compared.class_ids is not None:
+        np.save(folder / "class_ids.npy", compared.class_ids)
+    return Result(
+        input=input,
+        calibration=Calibration(count=len(calibration.x), digest=calibration.digest)
+        if calibration and job.quantize == "int8"
+        else None,
+        data=which,
+        warnings=warnings,
+    )
+
+
+def _noise(folder: Path, preprocess: ImagePreprocessor) -> data.Dataset:
+    frames = np.random.default_rng(0).integers(0, 256, (NOISE_FRAMES, *preprocess.shape_nhwc[1:]), np.uint8)
+    np.save(folder / "noise.npy", frames)
+    return data.Dataset(frames, None, "")
+
+
+def _keras_outputs(classifier: Any, compared: data.Dataset, preprocess: ImagePreprocessor, folder: Path, tell: Any) -> None:
+    """Writes what the Keras model makes of the data, shape (n, classes)."""
+    import tensorflow as tf
+
+    dynamic = classifier.model.inputs[0].shape[0] is None
+    # Without XLA, which takes longer to compile than this takes to run.
+    predict = tf.function(classifier.model if dynamic else classifier.static, jit_compile=False, reduce_retracing=True)
+    count = len(compared.x)
+    outputs = np.empty((count, classifier.classes), np.float32)
+    tensors = compared.tensors(preprocess)
+    step = BATCH if dynamic else 1
+    for start in range(0, count, step):
+        batch = [next(tensors) for _ in range(min(step, count - start))]
+        outputs[start : start + step] = predict(tf.constant(np.concatenate(batch)), training=False)
+        tell(Event(stage="running the Keras model", done=start + len(batch), total=count))
+    np.save(folder / "keras.npy", outputs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Device side: sources -> interpreter -> pipeline -> publisher. Never imports TensorFlow."""

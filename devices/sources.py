@@ -1,0 +1,229 @@
+"""Where frames come from: cameras, network streams, videos, images, folders of images."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from edgekit.errors import SourceError
+from edgekit.messages import FileInput
+
+logger = logging.getLogger(__name__)
+
+USAGE = "camera:N, rtsp://…, http://… (MJPEG), a video, an image or a folder of images"
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame of a source, as captured.
+
+    ``image_bgr`` is (height, width, 3), 8-bit, in OpenCV's channel order; None where the frame could not be read, and
+    then ``error`` says why. ``captured_s`` is on the monotonic clock.
+    """
+
+    image_bgr: npt.NDArray[np.uint8] | None
+    input: FileInput | None = None
+    error: str = ""
+    captured_at: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
+    captured_s: float = field(default_factory=time.perf_counter)
+
+
+class Source:
+    """Iterates over frames until its end, or until ``stop`` is set; a context manager, as it may hold a device.
+
+    Attributes:
+        name: what was asked for, without a user and password in it.
+        captured: how many frames it has read.
+        dropped: how many of them it gave to no one, because newer ones had come.
+    """
+
+    live = False
+
+    def __init__(self, spec: str, stop: threading.Event) -> None:
+        self.name, self.stop = public_name(spec), stop
+        self.captured = self.dropped = 0
+
+    def __iter__(self) -> Iterator[Frame]:
+        for frame in self._frames():
+            if self.stop.is_set():
+                return
+            self.captured += 1
+            yield frame
+
+    def _frames(self) -> Iterator[Frame]:
+        raise AssertionError("a subclass reads")
+
+    def close(self) -> None:
+        """Frees the device or file."""
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class ImageSource(Source):
+    """Image files, in the order given. One that cannot be read is a frame with an error."""
+
+    def __init__(self, spec: str, stop: threading.Event, paths: list[Path], loop: bool) -> None:
+        super().__init__(spec, stop)
+        self._paths, self._loop = paths, loop
+
+    def _frames(self) -> Iterator[Frame]:
+        while True:
+            readable = False
+            for path in self._paths:
+                image, error = None, f"{path} is not a readable image"
+                try:
+                    image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+                except (cv2.error, OSError) as cause:
+                    error = f"{path} cannot be read ({' '.join(str(cause).split())})"
+                readable |= image is not None
+                yield Frame(image, FileInput(path.name, 0), "" if image is not None else error)
+            if not readable:
+                raise SourceError(f"source {self.name}: no readable image", mend="give PNG or JPEG files that are whole")
+            if not self._loop:
+                return
+
+
+class VideoSource(Source):
+    """A video file, every frame of it."""
+
+    def __init__(self, spec: str, stop: threading.Event, path: Path, loop: bool) -> None:
+        super().__init__(spec, stop)
+        self._path, self._loop = path, loop
+        self._capture = _open_capture(str(path), self.name)
+
+    def _frames(self) -> Iterator[Frame]:
+        announced = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        while True:
+            number = 0
+            while True:
+                ok, image = self._capture.read()
+                if not ok:
+                    break
+                yield Frame(image, FileInput(self._path.name, number))
+                number += 1
+            if number == 0:
+                raise SourceError(f"source {self.name} has no frames", mend="give a video that OpenCV can decode")
+            if number < announced:
+                logger.warning("%s ended after %d of %d frames: it may be cut short", self._path, number, announced)
+            if not self._loop:
+                return
+            self._capture.release()
+            self._capture = _open_capture(str(self._path), self.name)
+
+    def close(self) -> None:
+        self._capture.release()
+
+
+class LiveSource(Source):
+    """A camera or network stream, read in a thread of its own; the newest frame wins."""
+
+    live = True
+
+    def __init__(self, spec: str, stop: threading.Event, target: int | str) -> None:
+        super().__init__(spec, stop)
+        self._capture = _open_capture(target, self.name)
+        self._changed = threading.Condition()
+        self._newest: Frame | None = None
+        self._ended = False
+        self._thread = threading.Thread(target=self._read, name=f"source {self.name}", daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        ok = True
+        while ok and not self._ended:
+            ok, image = self._capture.read()
+            with self._changed:
+                if ok and not self._ended:
+                    self.captured += 1
+                    self.dropped += self._newest is not None
+                    self._newest = Frame(image)
+                self._ended |= not ok
+                self._changed.notify()
+        self._capture.release()
+
+    def __iter__(self) -> Iterator[Frame]:
+        while not self.stop.is_set():
+            with self._changed:
+                if self._newest is None and not self._ended:
+                    self._changed.wait(0.2)
+                frame, self._newest = self._newest, None
+                ended = self._ended
+            if frame is not None:
+                yield frame
+            elif ended:
+                raise SourceError(f"source {self.name} stopped giving frames", mend="check the camera or the stream")
+
+    def close(self) -> None:
+        with self._changed:
+            self._ended = True
+            self.dropped += self._newest is not None
+            self._newest = None
+        self._thread.join(5)
+
+
+def open_source(spec: str, *, loop: bool = False, stop: threading.Event | None = None) -> Source:
+    """Opens a source by its name on the command line.
+
+    Args:
+        spec: ``camera:N``, ``rtsp://…``, ``http://…``, or the path of a video, an image or a folder of images.
+        loop: start files again at their end.
+        stop: ends the iteration when set.
+
+    Raises:
+        SourceError: there is no such source, or it cannot be opened.
+    """
+    stop = stop or threading.Event()
+    # Without this OpenCV and FFmpeg print lines of their own for a file they cannot read.
+    cv2.setLogLevel(0)
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    kind, _, rest = spec.partition(":")
+    if kind == "camera":
+        if not rest.isdecimal():
+            raise SourceError(f"source {spec!r}", expected="camera:N with the camera's number", mend="try camera:0")
+        return LiveSource(spec, stop, int(rest))
+    if kind in ("rtsp", "rtsps", "http", "https") and rest.startswith("//"):
+        return LiveSource(spec, stop, spec)
+    path = Path(spec)
+    if path.is_dir():
+        paths = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not paths:
+            raise SourceError(f"source {spec} holds no images", expected=f"files ending in {' '.join(sorted(IMAGE_SUFFIXES))}")
+        return ImageSource(spec, stop, paths, loop)
+    if not path.is_file():
+        raise SourceError(f"source {spec!r} does not exist", expected=USAGE)
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return ImageSource(spec, stop, [path], loop)
+    return VideoSource(spec, stop, path, loop)
+
+
+def public_name(spec: str) -> str:
+    """``spec`` without the user and password that a URL may hold."""
+    return re.sub(r"//[^/]*@", "//", spec)
+
+
+def _open_capture(target: int | str, name: str) -> Any:
+    capture = cv2.VideoCapture(target)
+    if not capture.isOpened():
+        mend = "check that the camera is plugged in and free" if isinstance(target, int) else f"expected {USAGE}"
+        raise SourceError(f"source {name} cannot be opened", mend=mend)
+    return capture

@@ -1,0 +1,63 @@
+"""EdgeKit: image and sound models on small devices, from a Keras model to predictions over MQTT."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekit.errors import (
+    BrokerError,
+    BundleError,
+    ConversionError,
+    EdgekitError,
+    RuntimeMissingError,
+    SourceError,
+)
+
+if TYPE_CHECKING:
+    from edgekit.converters.convert import convert
+    from edgekit.decode import Prediction
+    from edgekit.devices.interpreter import load
+    from edgekit.devices.pipeline import run, stream
+    from edgekit.inspection import inspect
+    from edgekit.subscriber import Subscriber
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BrokerError",
+    "BundleError",
+    "ConversionError",
+    "EdgekitError",
+    "Prediction",
+    "RuntimeMissingError",
+    "SourceError",
+    "Subscriber",
+    "convert",
+    "inspect",
+    "load",
+    "run",
+    "stream",
+]
+
+# Imported when first asked for: `import edgekit` loads neither TensorFlow, OpenCV nor a TFLite runtime.
+_LAZY = {
+    "Prediction": "edgekit.decode",
+    "Subscriber": "edgekit.subscriber",
+    "convert": "edgekit.converters.convert",
+    "inspect": "edgekit.inspection",
+    "load": "edgekit.devices.interpreter",
+    "run": "edgekit.devices.pipeline",
+    "stream": "edgekit.devices.pipeline",
+}
+
+# In a checkout the two sides lie beside this folder, in a wheel inside it.
+if not (Path(__file__).parent / "devices").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

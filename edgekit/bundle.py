@@ -1,0 +1,232 @@
+"""The bundle: one ``.tflite`` file with its labels and its manifest packed behind the flatbuffer as a ZIP."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgekit import flatbuffer, manifest
+from edgekit.errors import BundleError, EdgekitError
+from edgekit.manifest import ImageInput, Manifest, Output
+
+logger = logging.getLogger(__name__)
+
+LABELS_NAME = "labels.txt"
+MANIFEST_NAME = "edgekit.json"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A classification model with all that is needed to run it, EdgeKit's own or any other ``.tflite``.
+
+    ``content`` is the flatbuffer alone, ``sha256`` its digest, ``labels`` one per class (made up of the class number
+    where the model has none), ``manifest`` None for a foreign model, ``packed`` the names of the packed files.
+    """
+
+    path: Path
+    name: str
+    version: str
+    sha256: str
+    content: bytes
+    model: flatbuffer.Model
+    labels: tuple[str, ...]
+    input: ImageInput
+    output: Output
+    manifest: Manifest | None
+    packed: tuple[str, ...]
+
+
+def read(path: str | os.PathLike[str], labels: str | os.PathLike[str] | None = None) -> Bundle:
+    """Reads and checks a ``.tflite`` file.
+
+    Without a manifest, the preprocessing comes from the TFLite Metadata, else from the input's type.
+
+    Args:
+        path: the file.
+        labels: a text file with one label a line, instead of the packed one.
+
+    Raises:
+        BundleError: the file is missing, cut short, altered, no TFLite model or no image classifier; or the
+            labels are not as many as the classes.
+    """
+    path = Path(path)
+    try:
+        whole = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"bundle {path}: {error.strerror}", mend="give the path of a .tflite file") from error
+    packed, flatbuffer_bytes = _unpack(whole, str(path))
+    content = whole[:flatbuffer_bytes]
+    model = flatbuffer.Model(content, str(path))
+    if missing := [name for name in model.associated_files if name and name not in packed]:
+        raise BundleError(
+            f"bundle {path}: the packed file {missing[0]} is missing", mend="it was cut short: copy or convert it again"
+        )
+    sha256 = hashlib.sha256(content).hexdigest()
+    of_bundle = manifest.decode(packed[MANIFEST_NAME], str(path)) if MANIFEST_NAME in packed else None
+    if of_bundle and of_bundle.sha256 != sha256:
+        raise BundleError(
+            f"bundle {path} was altered",
+            expected=f"sha256 {of_bundle.sha256[:12]}…",
+            got=f"{sha256[:12]}…",
+            mend="copy or convert it again",
+        )
+    classes = _check_classifier(model, path)
+    if labels:
+        names = read_labels(labels, classes)
+    elif label_file := (LABELS_NAME if LABELS_NAME in packed else model.label_file):
+        names = _parse_labels(packed[label_file], f"{path}!{label_file}", classes)
+    else:
+        names = tuple(f"class {i}" for i in range(classes))
+    return Bundle(
+        path=path,
+        name=of_bundle.name if of_bundle else path.stem,
+        version=of_bundle.version if of_bundle else "",
+        sha256=sha256,
+        content=content,
+        model=model,
+        labels=names,
+        input=of_bundle.input if of_bundle else _guess_input(model, path),
+        output=of_bundle.output if of_bundle else guess_output(model),
+        manifest=of_bundle,
+        packed=tuple(packed),
+    )
+
+
+def pack(content: bytes, of_bundle: Manifest, labels: tuple[str, ...]) -> bytes:
+    """The bytes of a bundle. The same input gives the same bytes: the packed files carry no time of day."""
+    whole = io.BytesIO(content)
+    whole.seek(0, io.SEEK_END)
+    files = {MANIFEST_NAME: manifest.encode(of_bundle)}
+    if labels:
+        files[LABELS_NAME] = "".join(f"{label}\n" for label in labels).encode()
+    with zipfile.ZipFile(whole, "a") as archive:
+        for name, data in files.items():
+            # Stored, not deflated, as TFLite Support packs them: readers map them straight from memory.
+            archive.writestr(zipfile.ZipInfo(name), data)
+    return whole.getvalue()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place when the block ends well, and is removed otherwise."""
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise EdgekitError(
+            f"cannot write {path}: {error.strerror}", mend="give an output path in a folder you can write to"
+        ) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except OSError as error:
+        raise EdgekitError(f"cannot write {path}: {error.strerror}", mend="make room or give another path") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_labels(path: str | os.PathLike[str], classes: int | None = None) -> tuple[str, ...]:
+    """The labels in a text file, one a line; checked against the number of classes where that is known."""
+    try:
+        return _parse_labels(Path(path).read_bytes(), str(path), classes)
+    except OSError as error:
+        raise EdgekitError(f"labels {path}: {error.strerror}", mend="give a text file with one label a line") from error
+
+
+def _parse_labels(content: bytes, where: str, classes: int | None) -> tuple[str, ...]:
+    try:
+        names = tuple(line.strip() for line in content.decode().rstrip().splitlines())
+    except UnicodeDecodeError as error:
+        raise EdgekitError(f"labels {where}: not UTF-8 text", mend="give a text file with one label a line") from error
+    if classes is not None and len(names) != classes:
+        raise EdgekitError(
+            f"labels {where}",
+            expected=f"{classes} lines, one for each class of the model",
+            got=str(len(names)),
+            mend="give the label file that belongs to this model",
+        )
+    if empty := [i for i, name in enumerate(names, 1) if not name]:
+        raise EdgekitError(f"labels {where}: line {empty[0]} is empty", mend="give every class a label")
+    return names
+
+
+def _unpack(whole: bytes, where: str) -> tuple[dict[str, bytes], int]:
+    """The packed files, and the length of the flatbuffer before them."""
+    if b"PK\x05\x06" not in whole[-65_557:]:  # end record: 22 bytes and a comment of at most 65,535
+        return {}, len(whole)
+    try:
+        with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+            start = min((entry.header_offset for entry in archive.infolist()), default=len(whole))
+            return {name: archive.read(name) for name in archive.namelist()}, start
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise BundleError(
+            f"bundle {where}: its packed files cannot be read ({error})", mend="copy or convert it again"
+        ) from error
+
+
+def _check_classifier(model: flatbuffer.Model, path: Path) -> int:
+    """The number of classes."""
+    if len(model.inputs) != 1 or len(model.outputs) != 1:
+        raise BundleError(
+            f"bundle {path} is no classifier",
+            expected="one input and one output",
+            got=f"{len(model.inputs)} and {len(model.outputs)}",
+            mend="give a model that maps an image to one score per class",
+        )
+    shape, scores = model.inputs[0].shape, model.outputs[0].shape
+    if len(shape) != 4 or shape[0] != 1 or shape[3] not in (1, 3):
+        raise BundleError(
+            f"bundle {path}: input",
+            expected="an image of shape (1, height, width, 1 or 3)",
+            got=str(shape),
+            mend="give an image classifier",
+        )
+    if not scores or any(n != 1 for n in scores[:-1]):
+        raise BundleError(
+            f"bundle {path}: output",
+            expected="one score per class, shape (1, classes)",
+            got=str(scores),
+            mend="give an image classifier",
+        )
+    return scores[-1]
+
+
+def _guess_input(model: flatbuffer.Model, path: Path) -> ImageInput:
+    tensor = model.inputs[0]
+    _, height, width, channels = tensor.shape
+    if tensor.dtype in ("uint8", "int8") and tensor.scale:
+        # A quantized image model takes the pixel itself (uint8) or the pixel less 128 (int8).
+        zero_point = tensor.zero_point[0] + (128 if tensor.dtype == "int8" else 0)
+        mean, std = (float(zero_point),), (1.0 / tensor.scale[0],)
+    elif model.normalization:
+        mean, std = model.normalization.mean, model.normalization.std
+    else:
+        mean, std = (127.5,), (127.5,)
+        if tensor.dtype not in ("uint8", "int8"):
+            logger.warning("%s does not say how its input is normalized; pixels are scaled to -1..1", path)
+    return ImageInput(size_wh=(width, height), channels=1 if channels == 1 else 3, mean=mean, std=std)
+
+
+def guess_output(model: flatbuffer.Model) -> Output:
+    """Read off the end of the graph: softmax or logistic there, or a quantized output that spans 0..1, are scores
+    already; anything else is taken for logits."""
+    last, tensor = model.last_operator, model.outputs[0]
+    if last == "LOGISTIC":
+        return Output(activation="sigmoid", multi_label=True)
+    spans_unit = bool(tensor.scale) and 0.9 < tensor.scale[0] * (2 ** (16 if tensor.dtype == "int16" else 8)) < 1.1
+    return Output(activation="softmax", in_graph=last == "SOFTMAX" or spans_unit)

@@ -1,0 +1,300 @@
+"""The command line: a thin face of :func:`edgekit.convert`, :func:`edgekit.run`, :class:`edgekit.Subscriber` and
+:func:`edgekit.inspect`."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import edgekit
+from edgekit.errors import EdgekitError
+
+if TYPE_CHECKING:
+    from edgekit.messages import PredictionMessage
+    from edgekit.subscriber import Message
+
+
+def _command(function: Callable[..., None]) -> click.Command:
+    """A command with ``--debug``; log lines go to stderr, results to stdout."""
+
+    @click.option("--debug", is_flag=True, help="Log more, and show where an error came from.")
+    @functools.wraps(function)
+    def wrapped(debug: bool, **options: Any) -> None:
+        click.get_current_context().find_root().obj = debug
+        logging.basicConfig(
+            stream=sys.stderr,
+            format="edgekit: %(levelname)s: %(message)s",
+            level=logging.DEBUG if debug else logging.WARNING,
+        )
+        logging.addLevelName(logging.WARNING, "warning")
+        logging.addLevelName(logging.INFO, "info")
+        logging.addLevelName(logging.ERROR, "error")
+        logging.getLogger("edgekit").setLevel(logging.DEBUG if debug else logging.INFO)
+        function(**options)
+
+    return click.command(context_settings={"help_option_names": ["-h", "--help"]})(wrapped)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(edgekit.__version__, prog_name="edgekit")
+def cli() -> None:
+    """Image and sound models on small devices: convert a Keras model, run it, receive its predictions over MQTT."""
+
+
+@_command
+@click.argument("model")
+@click.option("-o", "--output", required=True, metavar="OUT.tflite", help="The bundle to write.")
+@click.option(
+    "--weights", default="none", metavar="none|imagenet|PATH", help="For a named model: its weights.  [default: none]"
+)
+@click.option("--labels", metavar="FILE", help="A text file with one label a line.")
+@click.option("--calibration", metavar="PATH", help="A folder of images, or an .npy or .npz, to fix int8 ranges with.")
+@click.option(
+    "--validation", metavar="PATH", help="Labelled data to hold the bundle against: a folder per class, or an .npz with x and y."
+)
+@click.option(
+    "--quantize",
+    type=click.Choice(["float32", "float16", "int8-weights", "dynamic", "int8"]),
+    default="int8-weights",
+    show_default=True,
+    help="The recipe; int8 needs --calibration.",
+)
+@click.option("--input-size", type=int, metavar="PIXELS", help="Side of the input, where the model leaves it open.")
+@click.option("--classes", type=int, help="For a named model: how many, if there is no --labels.  [default: 1000]")
+@click.option("--mean", type=float, help="Pixels become (x - mean) / std, x in 0..255.  [default: the model's own, or 127.5]")
+@click.option("--std", type=float, help="See --mean.  [default: the model's own, or 127.5]")
+@click.option("--name", help="The bundle's name.  [default: that of OUT]")
+@click.option("--version", default="1", show_default=True, help="The bundle's version.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+def convert(model: str, output: str, as_json: bool, **options: Any) -> None:
+    """Turn MODEL into a quantized bundle.
+
+    MODEL is mobilenet-v3-small, mobilenet-v3-large, or the path of a classifier: .keras, .h5 or a SavedModel folder.
+    """
+    with _progress_bar() as progress:
+        manifest = edgekit.convert(model, output, progress=progress, **options)
+    import msgspec
+
+    if as_json:
+        click.echo(msgspec.json.encode(manifest))
+        return
+    click.echo(f"{output}: {manifest.name} {manifest.version}, {manifest.quantization}, {os.path.getsize(output):,} bytes")  # noqa: PTH202
+    if checked := manifest.verification:
+        click.echo(_verdict(checked))
+    for name, check in manifest.runtimes.items():
+        click.echo(f"  {name} {check.version}: {check.status}{f' ({check.detail})' if check.detail else ''}")
+
+
+def _verdict(checked: Any) -> str:
+    if checked.data == "noise":
+        return f"  no data to hold it against: compared on {checked.count} frames of noise only"
+    line = f"  agrees with the Keras model on {checked.top1_agreement:.1%} of {checked.count} {checked.data} images"
+    if checked.top1 is not None:
+        line += f"; top-1 {checked.top1:.1%}, Keras {checked.top1_keras:.1%}"
+    return line
+
+
+def _progress_bar() -> Any:
+    """A context that gives a callback ``(stage, done, total)``: a bar on a terminal, a line for each stage elsewhere."""
+    if not sys.stderr.isatty():
+        stages: set[str] = set()
+
+        def line(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages.add(stage)
+                click.echo(f"edgekit: {stage}", err=True)
+
+        return nullcontext(line)
+    from contextlib import contextmanager
+
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    @contextmanager
+    def bar() -> Any:
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            tasks: dict[str, Any] = {}
+
+            def update(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    for task in tasks.values():
+                        progress.update(task, total=1, completed=1)
+                    tasks[stage] = progress.add_task(stage)
+                progress.update(tasks[stage], completed=done, total=total or None)
+
+            yield update
+
+    return bar()
+
+
+@_command
+@click.argument("bundle")
+@click.option(
+    "--source", required=True, help="camera:N, rtsp://…, http://… (MJPEG), a video, an image or a folder of images."
+)
+@click.option(
+    "--broker", default="mqtt://localhost", show_default=True, help="mqtt://[user:pass@]host[:port], mqtts://…, embedded or none."
+)
+@click.option("--device-id", help="This device's name in the topics.  [default: the host's name]")
+@click.option("--stream", default="main", show_default=True, help="This stream's name in the topics.")
+@click.option("--delegate", type=click.Choice(["auto", "cpu"]), default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of the CPU kernels.")
+@click.option("--threshold", type=float, default=0.0, show_default=True, help="Leave out classes with a lower score.")
+@click.option("--top-k", type=int, default=3, show_default=True, help="Name so many classes at most.")
+@click.option("--max-fps", type=float, help="Take no more frames a second.")
+@click.option("--loop", is_flag=True, help="Start a file source again at its end.")
+@click.option("--labels", metavar="FILE", help="A label file to use instead of the packed one.")
+@click.option("--json", "as_json", is_flag=True, help="Print each prediction on stdout too, one JSON object a line.")
+def run(bundle: str, source: str, as_json: bool, **options: Any) -> None:
+    """Stream SOURCE through BUNDLE, any classification .tflite, and publish what it sees."""
+    from edgekit.messages import encode
+
+    stop = threading.Event()
+    interrupted = []
+
+    def on_signal(number: int, _frame: object) -> None:
+        interrupted.append(number)
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+    def show(message: PredictionMessage) -> None:
+        click.echo(encode(message))
+
+    edgekit.run(bundle, source, stop=stop, on_prediction=show if as_json else None, **options)
+    if signal.SIGINT in interrupted:
+        raise KeyboardInterrupt
+
+
+@_command
+@click.option("--broker", default="mqtt://localhost", show_default=True, help="mqtt://[user:pass@]host[:port] or mqtts://…")
+@click.option("--device", help="Only this device.")
+@click.option("--stream", help="Only this stream.")
+@click.option("--group", help="Share the messages with the other listeners of this group.")
+@click.option("--count", type=click.IntRange(1), help="End after so many predictions.")
+@click.option("--timeout", type=float, metavar="SECONDS", help="Fail when nothing arrives for so long.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line: topic and payload.")
+def listen(
+    broker: str,
+    device: str | None,
+    stream: str | None,
+    group: str | None,
+    count: int | None,
+    timeout: float | None,
+    as_json: bool,
+) -> None:
+    """Show predictions, events and status as devices publish them."""
+    patience_s = 30.0 if timeout is None else timeout
+    with edgekit.Subscriber(
+        broker, device=device, stream=stream, kinds=("prediction", "event", "status"), group=group, patience_s=patience_s
+    ) as subscriber:
+        seen = 0
+        while count is None or seen < count:
+            try:
+                message = subscriber.next(timeout)
+            except TimeoutError as error:
+                raise EdgekitError(f"{error} ({seen} predictions so far)", mend="check that the device runs") from error
+            if as_json:
+                click.echo(json.dumps({"topic": message.topic, "payload": message.payload}, ensure_ascii=False))
+            else:
+                click.echo(_line(message))
+            seen += message.kind == "prediction"
+
+
+def _line(message: Message) -> str:
+    if message.prediction is None:
+        return f"{message.topic}  {message.payload}"
+    named = ", ".join(f"{p.label} {p.score:.2f}" for p in message.prediction.predictions) or "-"
+    gap = f"  [{len(message.missing)} missing]" if message.missing else ""
+    return f"{message.captured_at}  {message.device}/{message.stream}  #{message.prediction.seq}  {named}{gap}"
+
+
+@_command
+@click.argument("bundle")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def inspect(bundle: str, as_json: bool) -> None:
+    """Show what is in BUNDLE, any classification .tflite: manifest, tensors, operators."""
+    found = edgekit.inspect(bundle)
+    if as_json:
+        click.echo(json.dumps(found, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    manifest = found["manifest"] or {}
+    facts = {
+        "name": f"{found['name']} {found['version']}".strip(),
+        "size": f"{found['bytes']:,} bytes, sha256 {found['sha256'][:12]}…",
+        "quantization": manifest.get("quantization", "no manifest: not converted by EdgeKit"),
+        "classes": f"{len(found['labels'])}: {', '.join(found['labels'][:5])}{', …' if len(found['labels']) > 5 else ''}",
+        "preprocessing": "{size_wh[0]} x {size_wh[1]} x {channels}, {resize}, mean {mean}, std {std}".format(**found["input"]),
+        "output": "{activation}, in the graph: {in_graph}, multi-label: {multi_label}".format(**found["output"]),
+        "packed files": ", ".join(found["packed_files"]) or "none",
+    }
+    if verification := manifest.get("verification"):
+        facts["verification"] = ", ".join(f"{key} {value}" for key, value in verification.items() if value is not None)
+    for name, check in manifest.get("runtimes", {}).items():
+        facts[name] = f"{check['version']} {check['status']} {check['detail']}".strip()
+    summary = Table(show_header=False, box=None)
+    for key, value in facts.items():
+        summary.add_row(key, value)
+    console.print(summary)
+    tensors = Table("tensor", "shape", "type", "scale", "zero point", box=None, title_justify="left")
+    for which in ("inputs", "outputs"):
+        for tensor in found[which]:
+            tensors.add_row(
+                f"{which[:-1]} {tensor['name']}",
+                str(tuple(tensor["shape"])),
+                tensor["dtype"],
+                *(" ".join(f"{value:g}" for value in tensor[key]) for key in ("scale", "zero_point")),
+            )
+    console.print(tensors)
+    operators = Table("operator", "version", "count", box=None)
+    for operator in found["operators"]:
+        operators.add_row(
+            operator["name"] + (" (custom)" if operator["custom"] else ""), str(operator["version"]), str(operator["count"])
+        )
+    console.print(operators)
+
+
+for _name, _item in (("convert", convert), ("run", run), ("listen", listen), ("inspect", inspect)):
+    cli.add_command(_item, _name)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: the exit status is 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    context: list[click.Context] = []
+    try:
+        with cli.make_context("edgekit", list(sys.argv[1:] if arguments is None else arguments)) as root:
+            context.append(root)
+            cli.invoke(root)
+    except click.exceptions.Exit as exit_request:
+        sys.exit(exit_request.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, as in `edgekit listen | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if context and context[0].obj:
+            raise
+        line = str(error) if isinstance(error, EdgekitError) else f"unexpected {type(error).__name__}: {error}; please report it"
+        click.echo(f"edgekit: error: {' '.join(line.split())}", err=True)
+        sys.exit(1)

@@ -1,0 +1,112 @@
+"""An MQTT broker inside the process (amqtt), for trying things out on a machine that has none."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from types import TracebackType
+from urllib.parse import urlsplit
+
+from edgekit.errors import BrokerError
+from edgekit.mqtt import BrokerAddress
+
+logger = logging.getLogger(__name__)
+
+
+def is_embedded(url: str) -> bool:
+    return url == "embedded" or url.startswith("embedded://")
+
+
+class EmbeddedBroker:
+    """A broker that serves while the ``with`` block lasts: MQTT 3.1.1, no authentication, nothing kept on disk.
+
+    Args:
+        url: ``embedded`` (127.0.0.1:1883) or ``embedded://host:port``.
+
+    Raises:
+        BrokerError: the port is taken.
+    """
+
+    def __init__(self, url: str = "embedded") -> None:
+        from amqtt.broker import Broker
+
+        try:
+            parts = urlsplit(url if "://" in url else "embedded://")
+            self.address = BrokerAddress(parts.hostname or "127.0.0.1", parts.port or 1883)
+        except ValueError:
+            raise BrokerError(f"broker {url}", expected="embedded or embedded://host:port") from None
+        # amqtt logs an error for each MQTT 5 client, which connects again with 3.1.1
+        logging.getLogger("amqtt").setLevel(logging.CRITICAL)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="embedded-broker", daemon=True)
+        self._thread.start()
+        try:
+            self._broker = self._run(self._start(Broker))
+        except Exception as error:
+            self._stop_loop()
+            raise BrokerError(
+                f"embedded broker cannot listen on {self.address.host}:{self.address.port} ({error.__cause__ or error})",
+                mend="stop what listens there, or give another port: embedded://127.0.0.1:1884",
+            ) from error
+
+    def _run(self, coroutine):  # type: ignore[no-untyped-def]
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(15)
+
+    async def _start(self, broker_class):  # type: ignore[no-untyped-def]
+        broker = broker_class(
+            {
+                "listeners": {"default": {"type": "tcp", "bind": f"{self.address.host}:{self.address.port}"}},
+                "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
+            }
+        )
+        await broker.start()
+        return broker
+
+    def wait_for_subscriber(self, timeout_s: float, stop: threading.Event) -> bool:
+        """Waits until someone has subscribed; False if no one did within ``timeout_s`` or before ``stop``."""
+        _wait(lambda: bool(self._broker.subscriptions) or stop.is_set(), timeout_s)
+        return bool(self._broker.subscriptions)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Waits until the subscribers have acknowledged all that was published."""
+
+        def idle() -> bool:
+            broker = self._broker
+            return (
+                broker._broadcast_queue.empty()
+                and not any(not task.done() for task in tuple(broker._tasks_queue))
+                and not any(session.inflight_out for session, _ in tuple(broker._sessions.values()))
+            )
+
+        return _wait(idle, timeout_s)
+
+    def close(self) -> None:
+        if not self.drain(5.0):
+            logger.warning("embedded broker stopped before its subscribers had received everything")
+        try:
+            self._run(self._broker.shutdown())
+        finally:
+            self._stop_loop()
+
+    def _stop_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+
+    def __enter__(self) -> EmbeddedBroker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _wait(condition, timeout_s: float) -> bool:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True

@@ -1,0 +1,105 @@
+"""From an image to the input tensor: the same code for calibration, verification and the device."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from edgekit.errors import BundleError, EdgekitError
+from edgekit.manifest import ImageInput
+
+_INTERPOLATION = {
+    "bilinear": cv2.INTER_LINEAR,
+    "area": cv2.INTER_AREA,
+    "bicubic": cv2.INTER_CUBIC,
+    "nearest": cv2.INTER_NEAREST,
+}
+
+ChannelOrder = Literal["rgb", "bgr"]
+
+
+class ImagePreprocessor:
+    """Turns 8-bit images into input tensors of one type.
+
+    Normalization and quantization are one look-up: a pixel has 256 values, so what each becomes is worked out once, in
+    float64, and quantized input costs no detour through float.
+
+    Args:
+        input: size, resize method and normalization.
+        dtype: type of the tensor: ``float32``, ``int8``, ``uint8`` or ``int16``.
+        scale, zero_point: quantization of the tensor, ``real = (q - zero_point) * scale``; 0 for a float tensor.
+    """
+
+    def __init__(self, input: ImageInput, dtype: str = "float32", scale: float = 0.0, zero_point: int = 0) -> None:
+        for name in ("mean", "std"):
+            values = getattr(input, name)
+            if len(values) not in (1, input.channels) or not np.all(np.isfinite(values)) or 0 in input.std:
+                raise BundleError(
+                    f"input {name}",
+                    expected=f"1 or {input.channels} finite numbers, std not 0",
+                    got=str(values),
+                    mend="convert the model again with --mean and --std that fit",
+                )
+        self.input = input
+        self._size_wh = tuple(input.size_wh)
+        self._interpolation = _INTERPOLATION[input.resize]
+        self.shape_nhwc = (1, input.size_wh[1], input.size_wh[0], input.channels)
+        pixels = np.arange(256.0)[:, None]
+        real = (pixels - np.asarray(input.mean)) / np.asarray(input.std)
+        table = real if dtype == "float32" else quantize(real, dtype, scale, zero_point)
+        table = np.broadcast_to(table, (256, input.channels)).astype(dtype)
+        # cv2.LUT wants (1, 256, channels); int8 goes through it as the same bytes in uint8
+        self._table = np.ascontiguousarray(table)[None].view(np.uint8 if dtype == "int8" else dtype)
+        self.dtype = dtype
+
+    def resize(self, image: npt.NDArray[np.uint8], channel_order: ChannelOrder = "rgb") -> npt.NDArray[np.uint8]:
+        """``image`` (height, width) or (height, width, 3), 8-bit -> (height, width, channels) of the model, RGB or grey.
+
+        Raises:
+            EdgekitError: ``image`` has another shape or type.
+        """
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3)):
+            raise EdgekitError(
+                "image",
+                expected="uint8 of shape (height, width, 3) or (height, width)",
+                got=f"{image.dtype} of shape {image.shape}",
+                mend="convert it to 8-bit RGB",
+            )
+        if 0 in image.shape:
+            raise EdgekitError("image", expected="at least one pixel", got=f"shape {image.shape}")
+        small: Any = image
+        if image.shape[1::-1] != self._size_wh:
+            small = cv2.resize(image, self._size_wh, interpolation=self._interpolation)
+        if small.ndim == 3 and small.shape[2] == 1:
+            small = small[..., 0]
+        # after resizing, where there is less to convert; it gives the same bytes as before it
+        if self.input.channels == 3:
+            if small.ndim == 2:
+                small = cv2.cvtColor(small, cv2.COLOR_GRAY2RGB)
+            elif channel_order == "bgr":
+                small = cv2.cvtColor(small, cv2.COLOR_BGR2RGB)
+        elif small.ndim == 3:
+            small = cv2.cvtColor(small, cv2.COLOR_BGR2GRAY if channel_order == "bgr" else cv2.COLOR_RGB2GRAY)
+        return small.reshape(self.shape_nhwc[1:])  # type: ignore[no-any-return]
+
+    def __call__(
+        self, image: npt.NDArray[np.uint8], channel_order: ChannelOrder = "rgb"
+    ) -> npt.NDArray[Any]:
+        """``image`` -> the input tensor, shape (1, height, width, channels). Raises as :meth:`resize`."""
+        small = self.resize(image, channel_order)
+        return cv2.LUT(small, self._table).view(self.dtype).reshape(self.shape_nhwc)
+
+
+def quantize(real: npt.NDArray[Any], dtype: str, scale: float, zero_point: int) -> npt.NDArray[Any]:
+    """``real`` -> integers of ``dtype``. Halves go up, so that steps of equal size stay of equal size (to even, as NumPy
+    rounds, two neighbouring pixel values would share one integer and the next be skipped)."""
+    limits = np.iinfo(dtype)
+    quantized = np.floor(real / scale + zero_point + 0.5)
+    return np.clip(quantized, limits.min, limits.max).astype(dtype)
+
+
+def dequantize(quantized: npt.NDArray[Any], scale: float, zero_point: int) -> npt.NDArray[np.float32]:
+    return (quantized.astype(np.float32) - np.float32(zero_point)) * np.float32(scale)
