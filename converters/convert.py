@@ -14,11 +14,11 @@ from typing import Literal
 
 import msgspec
 import numpy as np
-
-from edgekit import bundle
 from edgekit.converters import metadata, verify
 from edgekit.converters.data import Dataset
 from edgekit.converters.worker import Event, Job, Result
+
+from edgekit import bundle
 from edgekit.errors import ConversionError
 from edgekit.flatbuffer import Model
 from edgekit.manifest import Manifest
@@ -44,7 +44,7 @@ def convert(
     std: float | None = None,
     name: str | None = None,
     version: str = "1",
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = lambda *_: None,
 ) -> Manifest:
     """Converts a Keras classifier into a bundle, and proves what it lost.
 
@@ -74,7 +74,9 @@ def convert(
     if output.suffix != ".tflite":
         raise ConversionError(f"output {output}", expected="a name that ends in .tflite")
     if quantize == "int8" and not calibration:
-        raise ConversionError("int8 needs calibration data", mend="give --calibration a folder of 100 or more typical images")
+        raise ConversionError(
+            "int8 needs calibration data", mend="give --calibration a folder of 100 or more typical images"
+        )
     for what, value in (("--input-size", input_size), ("--classes", classes)):
         if value is not None and value < 1:
             raise ConversionError(what, expected="1 or more", got=str(value))

@@ -37,7 +37,9 @@ class Dataset:
     class_ids: npt.NDArray[np.int64] | None
     digest: str
 
-    def tensors(self, preprocess: ImagePreprocessor, scale: float = 0.0, zero_point: int = 0) -> Iterator[npt.NDArray[Any]]:
+    def tensors(
+        self, preprocess: ImagePreprocessor, scale: float = 0.0, zero_point: int = 0
+    ) -> Iterator[npt.NDArray[Any]]:
         """The input tensors, each (1, height, width, channels), exactly as the device makes them from these images."""
         for item in self.x:
             if item.dtype == np.uint8:
@@ -55,7 +57,7 @@ def load(
     limit: int,
     classes: int | None = None,
     labels: tuple[str, ...] = (),
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Dataset:
     """Reads a folder of images, or an ``.npz`` with ``x`` (and ``y``), or an ``.npy``.
 
@@ -66,7 +68,7 @@ def load(
         folder: where the resized images are kept, on disk, as they may be many.
         limit: take at most so many, evenly spread over the data.
         classes: the data must be labelled (a folder per class, or ``y``), with class numbers below this.
-        labels: names of the classes, which the folders must have; without them the folders count in order of their names.
+        labels: names of the classes, which the folders must have; without them the folders count by name.
         progress: called with how many are read, of how many.
 
     Raises:
@@ -74,13 +76,16 @@ def load(
     """
     where = f"{what} {path}"
     source = Path(path)
+    items: Any
     if source.is_dir():
         items, class_ids = _from_folder(source, where, classes, labels)
     elif source.suffix in (".npz", ".npy") and source.is_file():
         items, class_ids = _from_arrays(source, where, classes, input)
     else:
         raise ConversionError(
-            where, expected="a folder of images, or an .npz or .npy file", got="neither" if source.exists() else "nothing there"
+            where,
+            expected="a folder of images, or an .npz or .npy file",
+            got="neither" if source.exists() else "nothing there",
         )
     if not len(items):
         raise ConversionError(where, expected="at least one image", got="none", mend="give 100 or more")
@@ -129,7 +134,10 @@ def _from_folder(
     if labels:
         if strange := [name for name in names if name not in labels]:
             raise ConversionError(
-                where, expected="folders named as the labels are", got=repr(strange[0]), mend="rename it or mend --labels"
+                where,
+                expected="folders named as the labels are",
+                got=repr(strange[0]),
+                mend="rename it or mend --labels",
             )
         numbers = [labels.index(name) for name in names]
     elif len(names) != classes:

@@ -12,7 +12,6 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from edgekit.bundle import LABELS_NAME, MANIFEST_NAME
-from edgekit.flatbuffer import Model
 from edgekit.manifest import ImageInput
 
 METADATA_NAME = "TFLITE_METADATA"
@@ -28,11 +27,13 @@ def attach(content: bytes, input: ImageInput, *, name: str, version: str, labell
     """``content``, a TFLite flatbuffer, with metadata that tells its input, its normalization and its packed files."""
     model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
     for buffer in model.buffers:
-        if buffer.offset > 1:  # ai-edge-quantizer keeps the weights behind the flatbuffer, where packing would lose them
+        if (
+            buffer.offset > 1
+        ):  # ai-edge-quantizer keeps the weights behind the flatbuffer, where packing would lose them
             buffer.data = np.frombuffer(content, np.uint8, buffer.size, buffer.offset)
             buffer.offset = buffer.size = 0
     buffer = schema.BufferT()
-    buffer.data = np.frombuffer(_metadata(Model(content), input, name, version, labelled), np.uint8)
+    buffer.data = np.frombuffer(_metadata(input, name, version, labelled), np.uint8)
     model.buffers.append(buffer)
     entry = schema.MetadataT()
     entry.name, entry.buffer = METADATA_NAME, len(model.buffers) - 1
@@ -49,7 +50,7 @@ class _Builder(flatbuffers.Builder):  # type: ignore[misc]
         return super().StartVector(element_bytes, count, 16 if element_bytes == 1 else alignment)
 
 
-def _metadata(model: Model, input: ImageInput, name: str, version: str, labelled: bool) -> bytes:
+def _metadata(input: ImageInput, name: str, version: str, labelled: bool) -> bytes:
     builder = flatbuffers.Builder(1024)
 
     def string(text: str) -> int:

@@ -49,10 +49,7 @@ def open_model(
     Raises:
         ConversionError: the model or its weights do not fit.
     """
-    if name in MOBILENETS:
-        model = _mobilenet(name, weights, classes, input_size)
-    else:
-        model = _load(name)
+    model = _mobilenet(name, weights, classes, input_size) if name in MOBILENETS else _load(name)
     if len(model.inputs) != 1 or len(model.outputs) != 1:
         raise ConversionError(
             f"model {name}",
@@ -96,7 +93,10 @@ def _mobilenet(name: str, weights: str, classes: int | None, input_size: int | N
 
     def build(initial: str | None) -> Any:
         return MOBILENETS[name](
-            input_shape=(size, size, 3), weights=initial, classes=classes or IMAGENET_CLASSES, include_preprocessing=False
+            input_shape=(size, size, 3),
+            weights=initial,
+            classes=classes or IMAGENET_CLASSES,
+            include_preprocessing=False,
         )
 
     if weights == "imagenet":
@@ -175,7 +175,9 @@ def load_weights(model: Any, path: Path) -> None:
         ConversionError: they are not this model's; it says which layer, which shape, and which was expected.
     """
     if not path.is_file():
-        raise ConversionError(f"weights {path} do not exist", expected="none, imagenet or a .weights.h5, .keras or .h5 file")
+        raise ConversionError(
+            f"weights {path} do not exist", expected="none, imagenet or a .weights.h5, .keras or .h5 file"
+        )
     with tempfile.TemporaryDirectory() as folder:
         try:
             file, legacy = _weights_file(path, Path(folder))
@@ -189,7 +191,10 @@ def load_weights(model: Any, path: Path) -> None:
                 names = {key: layer for key, (layer, _) in expected.items()}
                 order = {key: n for n, key in enumerate(expected)}
                 _check_weights(
-                    [(names.get(key, found[key][0]), found[key][1]) for key in sorted(found, key=lambda k: order.get(k, len(order)))],
+                    [
+                        (names.get(key, found[key][0]), found[key][1])
+                        for key in sorted(found, key=lambda k: order.get(k, len(order)))
+                    ],
                     list(expected.values()),
                     path,
                 )
@@ -219,7 +224,7 @@ def _weights_file(path: Path, folder: Path) -> tuple[Path, bool]:
 
 def _legacy_layout(path: Path) -> Layout:
     with h5py.File(path) as file:
-        root = file["model_weights"] if "model_weights" in file else file
+        root = file.get("model_weights", file)
         layers = [_text(name) for name in root.attrs["layer_names"]]
         layout = [(name, [root[name][_text(w)].shape for w in root[name].attrs["weight_names"]]) for name in layers]
     return [(name, shapes) for name, shapes in layout if shapes]

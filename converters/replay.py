@@ -1,7 +1,7 @@
 """Runs a model on recorded input tensors in one TFLite runtime: ``replay.py MODULE MODEL.tflite IN.npy OUT.npy``.
 
-A process of its own, started by path: a runtime that crashes on the model is then a finding, and the Python that runs it
-needs that runtime and NumPy only, not EdgeKit. Progress goes to standard output, a count a line.
+A process of its own, started by path: a runtime that crashes on the model is then a finding, and the Python that runs
+it needs that runtime and NumPy only, not EdgeKit. Progress goes to standard output, a count a line.
 """
 
 import sys
@@ -9,9 +9,9 @@ import sys
 # This folder's modules must not be taken for others of the same name.
 sys.path.pop(0)
 
-import importlib  # noqa: E402
+import importlib
 
-import numpy as np  # noqa: E402
+import numpy as np
 
 
 def main(module: str, model: str, inputs: str, outputs: str) -> None:

@@ -8,14 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from edgekit.converters.data import Dataset
 
 from edgekit import runtimes
-from edgekit.converters.data import Dataset
 from edgekit.decode import NotFiniteError, scores
 from edgekit.errors import ConversionError
 from edgekit.flatbuffer import Model
@@ -57,7 +58,9 @@ def find_runtimes() -> list[Runtime]:
         except (OSError, subprocess.TimeoutExpired) as error:
             raise ConversionError(f"{PYTHON_VARIABLE}={python} does not run ({error})") from error
         if answer.returncode:
-            raise ConversionError(f"{PYTHON_VARIABLE}={python} has no tflite-runtime", mend="install it there or unset it")
+            raise ConversionError(
+                f"{PYTHON_VARIABLE}={python} has no tflite-runtime", mend="install it there or unset it"
+            )
         module = runtimes.RUNTIMES["tflite-runtime"][0]
         found["tflite-runtime"] = Runtime("tflite-runtime", module, answer.stdout.strip(), python)
     return list(found.values())
@@ -107,7 +110,7 @@ def verify(
         runtime = available[name]
         outputs = model_path.parent / f"{name}.npy"
         failure = _replay(
-            runtime, model_path, inputs, outputs, lambda done, name=name: progress(f"checking in {name}", done, len(tensors))
+            runtime, model_path, inputs, outputs, partial(_tell, progress, f"checking in {name}", len(tensors))
         )
         try:
             if not failure:
@@ -119,7 +122,9 @@ def verify(
         checks[name] = RuntimeCheck(status="failed", version=runtime.version, detail=failure)
     if not found:
         reasons = "; ".join(f"{name}: {check.detail}" for name, check in checks.items())
-        raise ConversionError(f"the converted model runs in no TFLite runtime ({reasons})", mend="try another --quantize")
+        raise ConversionError(
+            f"the converted model runs in no TFLite runtime ({reasons})", mend="try another --quantize"
+        )
     reference = min(found, key=lambda name: float(np.abs(found[name] - keras_scores).mean()))
     for name, values in found.items():
         difference = np.abs(values - found[reference])
@@ -130,7 +135,9 @@ def verify(
             version=available[name].version,
             max_abs_difference=round(float(np.abs(values - keras_scores).max()), 6),
             top1_agreement=round(agree(values, keras_scores, output), 6),
-            detail="" if same else f"its outputs are off {reference}'s by {difference.mean():.3g} on average: do not use it there",
+            detail=""
+            if same
+            else f"its outputs are off {reference}'s by {difference.mean():.3g} on average: do not use it there",
         )
     preferred = next(name for name, check in checks.items() if check.status == "ok")
     return checks, _figures(found[preferred], keras_scores, compared.class_ids, output, data)
@@ -164,11 +171,16 @@ def _figures(
     )
 
 
-def _replay(
-    runtime: Runtime, model: Path, inputs: Path, outputs: Path, progress: Callable[[int], None]
-) -> str:
+def _replay(runtime: Runtime, model: Path, inputs: Path, outputs: Path, progress: Callable[[int], None]) -> str:
     """Empty, or why the runtime failed."""
-    command = [runtime.python, str(Path(__file__).with_name("replay.py")), runtime.module, str(model), str(inputs), str(outputs)]
+    command = [
+        runtime.python,
+        str(Path(__file__).with_name("replay.py")),
+        runtime.module,
+        str(model),
+        str(inputs),
+        str(outputs),
+    ]
     with (
         (model.parent / f"{runtime.name}.log").open("w+") as log,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as child,
@@ -186,6 +198,10 @@ def _replay(
         log.seek(0)
         lines = log.read().strip().splitlines()
     return f"{describe_exit(status)}{f': {lines[-1][:200]}' if lines and status > 0 else ''}"
+
+
+def _tell(progress: Callable[[str, int, int], None], stage: str, total: int, done: int) -> None:
+    progress(stage, done, total)
 
 
 def describe_exit(status: int) -> str:

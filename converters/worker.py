@@ -1,7 +1,7 @@
 """The TensorFlow part of a conversion, in a process of its own: the converter ends the whole process for some models.
 
-Run as ``python -m edgekit.converters.worker`` with a :class:`Job` as JSON on standard input; writes one JSON event a line
-on standard output, and its results into the job's folder.
+Run as ``python -m edgekit.converters.worker`` with a :class:`Job` as JSON on standard input; writes one JSON event a
+line on standard output, and its results into the job's folder.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import msgspec
 import numpy as np
-
 from edgekit.converters import data
+
 from edgekit.errors import ConversionError, EdgekitError
 from edgekit.manifest import Calibration, ImageInput
 from edgekit.preprocess import ImagePreprocessor
@@ -43,8 +43,8 @@ class Job(msgspec.Struct, kw_only=True):
 
 
 class Result(msgspec.Struct, kw_only=True):
-    """What was converted: ``model.tflite``, and for the comparison ``<data>.npy`` (images or tensors), ``keras.npy`` (the
-    Keras model's outputs on them) and, where labelled, ``class_ids.npy``."""
+    """What was converted: ``model.tflite``, and for the comparison ``<data>.npy`` (images or tensors), ``keras.npy``
+    (the Keras model's outputs on them) and, where labelled, ``class_ids.npy``."""
 
     input: ImageInput
     calibration: Calibration | None
@@ -103,13 +103,15 @@ def _convert(job: Job, tell: Any) -> Result:
     )
     if job.labels and len(job.labels) != classifier.classes:
         raise ConversionError(
-            "--labels", expected=f"{classifier.classes} lines, one for each class of the model", got=str(len(job.labels))
+            "--labels",
+            expected=f"{classifier.classes} lines, one for each class of the model",
+            got=str(len(job.labels)),
         )
     warnings = []
     if classifier.assumed:
         warnings.append(
-            f"the model does not say how its pixels are normalized: (x - {classifier.mean[0]:g}) / {classifier.std[0]:g} is "
-            "assumed; say otherwise with --mean and --std"
+            "the model does not say how its pixels are normalized: "
+            f"(x - {classifier.mean[0]:g}) / {classifier.std[0]:g} is assumed; say otherwise with --mean and --std"
         )
     input = ImageInput(
         size_wh=classifier.size_wh,
@@ -134,7 +136,9 @@ def _convert(job: Job, tell: Any) -> Result:
     calibration = load("calibration", job.calibration, MAX_CALIBRATION, None) if job.calibration else None
     validation = load("validation", job.validation, MAX_VALIDATION, classifier.classes) if job.validation else None
     if calibration and len(calibration.x) < data.FEW:
-        warnings.append(f"{len(calibration.x)} calibration images are few: {data.FEW} or more give steadier int8 ranges")
+        warnings.append(
+            f"{len(calibration.x)} calibration images are few: {data.FEW} or more give steadier int8 ranges"
+        )
 
     stage = f"quantizing to {job.quantize}"
     tell(Event(stage=stage))
@@ -169,7 +173,9 @@ def _noise(folder: Path, preprocess: ImagePreprocessor) -> data.Dataset:
     return data.Dataset(frames, None, "")
 
 
-def _keras_outputs(classifier: Any, compared: data.Dataset, preprocess: ImagePreprocessor, folder: Path, tell: Any) -> None:
+def _keras_outputs(
+    classifier: Any, compared: data.Dataset, preprocess: ImagePreprocessor, folder: Path, tell: Any
+) -> None:
     """Writes what the Keras model makes of the data, shape (n, classes)."""
     import tensorflow as tf
 

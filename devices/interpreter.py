@@ -28,12 +28,14 @@ class Model:
 
     def __init__(self, bundle: Bundle, *, delegate: str = "auto", threads: int = 1, runtime: str | None = None) -> None:
         if delegate not in ("auto", "cpu"):
-            raise BundleError(f"delegate {delegate!r}", expected="auto or cpu", mend="other delegates are not supported yet")
+            raise BundleError(
+                f"delegate {delegate!r}", expected="auto or cpu", mend="other delegates are not supported yet"
+            )
         self.bundle, self.delegate = bundle, "cpu"
         self.runtime, module = runtimes.load(runtime)
         try:
             # From memory, not by path: the file may be replaced or cut while the model runs.
-            self._interpreter: Any = module.Interpreter(model_content=bundle.content, num_threads=threads)
+            self._interpreter: Any = module.Interpreter(model_content=bundle.file.content, num_threads=threads)
             self._interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
             raise self._failure("does not load", error) from error
@@ -45,7 +47,7 @@ class Model:
         )
         if tuple(input_details["shape"]) != self.preprocess.shape_nhwc:
             raise BundleError(
-                f"bundle {bundle.path}: input tensor",
+                f"bundle {bundle.file.path}: input tensor",
                 expected=str(self.preprocess.shape_nhwc),
                 got=str(tuple(int(n) for n in input_details["shape"])),
                 mend="convert the model again",
@@ -90,14 +92,16 @@ class Model:
         self._interpreter = None
 
     def _failure(self, what: str, error: Exception) -> BundleError:
-        custom = [operator for operator in self.bundle.model.operators if operator.custom]
+        custom = [operator for operator in self.bundle.file.model.operators if operator.custom]
         if custom and custom[0].name in str(error):
             return BundleError(
-                f"bundle {self.bundle.path} needs the custom operator {custom[0].name} version {custom[0].version}, "
-                f"which {self.runtime} does not have",
+                f"bundle {self.bundle.file.path} needs the custom operator {custom[0].name} version "
+                f"{custom[0].version}, which {self.runtime} does not have",
                 mend="give a model made of built-in operators",
             )
-        return BundleError(f"bundle {self.bundle.path} {what} ({self.runtime}: {error})", mend="try `edgekit inspect` on it")
+        return BundleError(
+            f"bundle {self.bundle.file.path} {what} ({self.runtime}: {error})", mend="try `edgekit inspect` on it"
+        )
 
     def __enter__(self) -> Model:
         return self

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import edgekit
-from edgekit import runtimes
-from edgekit.decode import NotFiniteError
-from edgekit.devices.interpreter import Model, load
+from edgekit.devices.interpreter import Model
 from edgekit.devices.publisher import Publisher
 from edgekit.devices.sources import Frame, Source, open_source
+
+import edgekit
+from edgekit import runtimes
+from edgekit.bundle import read
+from edgekit.decode import NotFiniteError
 from edgekit.embedded_broker import EmbeddedBroker, is_embedded
 from edgekit.errors import EdgekitError
 from edgekit.messages import (
@@ -56,33 +58,34 @@ class Counts:
         return f"{self.captured} captured, {self.inferred} inferred, {self.dropped} dropped, {self.failed} failed"
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What to do with the predictions; arguments as :func:`run`, checked here."""
+
+    device_id: str
+    stream: str = "main"
+    threshold: float = 0.0
+    top_k: int = 3
+    max_fps: float | None = None
+
+    def __post_init__(self) -> None:
+        check_name(self.device_id, "device id")
+        check_name(self.stream, "stream")
+        if not 0 <= self.threshold <= 1:
+            raise EdgekitError("threshold", expected="a score from 0 to 1", got=str(self.threshold))
+        if self.top_k < 1:
+            raise EdgekitError("top-k", expected="1 or more", got=str(self.top_k))
+        if self.max_fps is not None and not self.max_fps > 0:
+            raise EdgekitError("max-fps", expected="more than 0", got=str(self.max_fps))
+
+
 class Pipeline:
     """Predictions of one model on one source, numbered, as an iterator."""
 
-    def __init__(
-        self,
-        model: Model,
-        source: Source,
-        *,
-        device_id: str | None = None,
-        stream: str = "main",
-        threshold: float = 0.0,
-        top_k: int = 3,
-        max_fps: float | None = None,
-    ) -> None:
-        if not 0 <= threshold <= 1:
-            raise EdgekitError("threshold", expected="a score from 0 to 1", got=str(threshold))
-        if top_k < 1:
-            raise EdgekitError("top-k", expected="1 or more", got=str(top_k))
-        if max_fps is not None and not max_fps > 0:
-            raise EdgekitError("max-fps", expected="more than 0", got=str(max_fps))
-        self.model, self.source = model, source
-        self.device_id = check_name(default_device_id() if device_id is None else device_id, "device id")
-        self.stream = check_name(stream, "stream")
+    def __init__(self, model: Model, source: Source, settings: Settings) -> None:
+        self.model, self.source, self.settings = model, source, settings
         self.boot_id = uuid.uuid4().hex[:12]
-        self.bundle_ref = BundleRef(model.bundle.name, model.bundle.version, model.bundle.sha256)
-        self._threshold, self._top_k = threshold, top_k
-        self._frame_s = 1 / max_fps if max_fps else 0.0
+        self.bundle_ref = BundleRef(model.bundle.name, model.bundle.version, model.bundle.file.sha256)
         self._inferred = self._failed = 0
 
     @property
@@ -93,46 +96,49 @@ class Pipeline:
         runtime_version = runtimes.installed().get(self.model.runtime, "")
         return InfoMessage(
             schema="edgekit.info/1",
-            device=self.device_id,
+            device=self.settings.device_id,
             boot_id=self.boot_id,
             profile=platform.machine(),
             versions=Versions(
                 edgekit.__version__, platform.python_version(), f"{self.model.runtime} {runtime_version}".strip()
             ),
-            streams={self.stream: StreamInfo(self.bundle_ref, self.model.delegate, self.source.name)},
+            streams={self.settings.stream: StreamInfo(self.bundle_ref, self.model.delegate, self.source.name)},
         )
 
     def __iter__(self) -> Iterator[PredictionMessage]:
+        period_s = 1 / self.settings.max_fps if self.settings.max_fps else 0.0
         next_s = time.perf_counter()
         for frame in self.source:
             message = self._predict(frame)
             if message is not None:
                 yield message
-            if self._frame_s:
-                next_s = max(next_s + self._frame_s, time.perf_counter())
+            if period_s:
+                next_s = max(next_s + period_s, time.perf_counter())
                 self.source.stop.wait(next_s - time.perf_counter())
 
     def _predict(self, frame: Frame) -> PredictionMessage | None:
         model = self.model
         if frame.image_bgr is None:
-            return self._fail(frame.error)
+            self._fail(frame.error)
+            return None
         started_s = time.perf_counter()
         tensor = model.preprocess(frame.image_bgr, "bgr")
         preprocessed_s = time.perf_counter()
         raw = model.invoke(tensor)
         inferred_s = time.perf_counter()
         try:
-            predictions = model.decode(raw, threshold=self._threshold, top_k=self._top_k)
+            predictions = model.decode(raw, threshold=self.settings.threshold, top_k=self.settings.top_k)
         except NotFiniteError as error:
-            return self._fail(str(error))
+            self._fail(str(error))
+            return None
         self._inferred += 1
         return PredictionMessage(
             schema="edgekit.prediction/1",
             id=f"{self.boot_id}-{self._inferred}",
             boot_id=self.boot_id,
             seq=self._inferred,
-            device=self.device_id,
-            stream=self.stream,
+            device=self.settings.device_id,
+            stream=self.settings.stream,
             captured_at=timestamp(frame.captured_at),
             replayed=False,
             bundle=self.bundle_ref,
@@ -165,14 +171,14 @@ def stream(
     max_fps: float | None = None,
     loop: bool = False,
 ) -> Iterator[PredictionMessage]:
-    """The predictions of ``bundle`` on ``source``, one by one, published nowhere. Arguments and errors as :func:`run`."""
+    """The predictions of ``bundle`` on ``source``, one by one, published nowhere. Otherwise as :func:`run`."""
+    settings = Settings(default_device_id() if device_id is None else device_id, stream, threshold, top_k, max_fps)
+    of_bundle = read(bundle, labels)
     with (
-        load(bundle, labels=labels, delegate=delegate, threads=threads) as model,
         open_source(source, loop=loop) as frames,
+        Model(of_bundle, delegate=delegate, threads=threads) as model,
     ):
-        yield from Pipeline(
-            model, frames, device_id=device_id, stream=stream, threshold=threshold, top_k=top_k, max_fps=max_fps
-        )
+        yield from Pipeline(model, frames, settings)
 
 
 def run(
@@ -196,7 +202,8 @@ def run(
 
     Args:
         bundle: any classification ``.tflite``.
-        source: ``camera:N``, ``rtsp://…``, ``http://…`` (MJPEG), or the path of a video, an image or a folder of images.
+        source: ``camera:N``, ``rtsp://…``, ``http://…`` (MJPEG), or the path of a video, an image or a folder of
+            images.
         broker: ``mqtt://[user:pass@]host[:port]``, ``mqtts://…``, ``embedded`` (a broker in this process, on
             127.0.0.1:1883) or ``none``.
         labels: a label file to use instead of the packed one.
@@ -218,12 +225,12 @@ def run(
         EdgekitError: the bundle, the source or the broker cannot be used as asked.
     """
     stop = stop or threading.Event()
+    settings = Settings(default_device_id() if device_id is None else device_id, stream, threshold, top_k, max_fps)
+    of_bundle = read(bundle, labels)
     with ExitStack() as stack:
-        model = stack.enter_context(load(bundle, labels=labels, delegate=delegate, threads=threads))
         frames = stack.enter_context(open_source(source, loop=loop, stop=stop))
-        pipeline = Pipeline(
-            model, frames, device_id=device_id, stream=stream, threshold=threshold, top_k=top_k, max_fps=max_fps
-        )
+        model = stack.enter_context(Model(of_bundle, delegate=delegate, threads=threads))
+        pipeline = Pipeline(model, frames, settings)
         sinks = [on_prediction] if on_prediction else []
         if broker != "none":
             embedded = stack.enter_context(EmbeddedBroker(broker)) if is_embedded(broker) else None

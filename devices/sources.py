@@ -98,7 +98,9 @@ class ImageSource(Source):
                 readable |= image is not None
                 yield Frame(image, FileInput(path.name, 0), "" if image is not None else error)
             if not readable:
-                raise SourceError(f"source {self.name}: no readable image", mend="give PNG or JPEG files that are whole")
+                raise SourceError(
+                    f"source {self.name}: no readable image", mend="give PNG or JPEG files that are whole"
+                )
             if not self._loop:
                 return
 
@@ -194,7 +196,8 @@ def open_source(spec: str, *, loop: bool = False, stop: threading.Event | None =
     """
     stop = stop or threading.Event()
     # Without this OpenCV and FFmpeg print lines of their own for a file they cannot read.
-    cv2.setLogLevel(0)
+    set_level: Any = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel  # the latter since OpenCV 5
+    set_level(0)
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     kind, _, rest = spec.partition(":")
     if kind == "camera":
@@ -207,7 +210,9 @@ def open_source(spec: str, *, loop: bool = False, stop: threading.Event | None =
     if path.is_dir():
         paths = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         if not paths:
-            raise SourceError(f"source {spec} holds no images", expected=f"files ending in {' '.join(sorted(IMAGE_SUFFIXES))}")
+            raise SourceError(
+                f"source {spec} holds no images", expected=f"files ending in {' '.join(sorted(IMAGE_SUFFIXES))}"
+            )
         return ImageSource(spec, stop, paths, loop)
     if not path.is_file():
         raise SourceError(f"source {spec!r} does not exist", expected=USAGE)

@@ -25,38 +25,42 @@ MANIFEST_NAME = "edgekit.json"
 
 
 @dataclass(frozen=True)
-class Bundle:
-    """A classification model with all that is needed to run it, EdgeKit's own or any other ``.tflite``.
+class File:
+    """A ``.tflite`` file that is whole, of whatever kind.
 
-    ``content`` is the flatbuffer alone, ``sha256`` its digest, ``labels`` one per class (made up of the class number
-    where the model has none), ``manifest`` None for a foreign model, ``packed`` the names of the packed files.
+    ``content`` is the flatbuffer alone, ``sha256`` its digest, ``packed`` the files packed behind it, ``manifest`` None
+    where EdgeKit did not write it.
     """
 
     path: Path
+    content: bytes
+    sha256: str
+    model: flatbuffer.Model
+    packed: dict[str, bytes]
+    manifest: Manifest | None
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An image classifier with all that is needed to run it, EdgeKit's own or any other ``.tflite``.
+
+    ``labels`` has one label per class, made up of the class number where the model has none; ``version`` is empty for a
+    model without a manifest.
+    """
+
+    file: File
     name: str
     version: str
-    sha256: str
-    content: bytes
-    model: flatbuffer.Model
     labels: tuple[str, ...]
     input: ImageInput
     output: Output
-    manifest: Manifest | None
-    packed: tuple[str, ...]
 
 
-def read(path: str | os.PathLike[str], labels: str | os.PathLike[str] | None = None) -> Bundle:
-    """Reads and checks a ``.tflite`` file.
-
-    Without a manifest, the preprocessing comes from the TFLite Metadata, else from the input's type.
-
-    Args:
-        path: the file.
-        labels: a text file with one label a line, instead of the packed one.
+def read_file(path: str | os.PathLike[str]) -> File:
+    """Reads and checks any ``.tflite`` file.
 
     Raises:
-        BundleError: the file is missing, cut short, altered, no TFLite model or no image classifier; or the
-            labels are not as many as the classes.
+        BundleError: the file is missing, cut short, altered or no TFLite model.
     """
     path = Path(path)
     try:
@@ -79,25 +83,42 @@ def read(path: str | os.PathLike[str], labels: str | os.PathLike[str] | None = N
             got=f"{sha256[:12]}…",
             mend="copy or convert it again",
         )
-    classes = _check_classifier(model, path)
+    return File(path, content, sha256, model, packed, of_bundle)
+
+
+def read(path: str | os.PathLike[str], labels: str | os.PathLike[str] | None = None) -> Bundle:
+    """Reads and checks an image classifier.
+
+    Without a manifest, the preprocessing comes from the TFLite Metadata, else from the input's type.
+
+    Args:
+        path: the ``.tflite`` file.
+        labels: a text file with one label a line, instead of the packed one.
+
+    Raises:
+        BundleError: as :func:`read_file`, or it is no image classifier.
+        EdgekitError: the labels cannot be read or are not as many as the classes.
+    """
+    return classifier(read_file(path), labels)
+
+
+def classifier(file: File, labels: str | os.PathLike[str] | None = None) -> Bundle:
+    """``file`` as an image classifier. Arguments and errors as :func:`read`."""
+    model, of_bundle = file.model, file.manifest
+    classes = _check_classifier(model, file.path)
     if labels:
         names = read_labels(labels, classes)
-    elif label_file := (LABELS_NAME if LABELS_NAME in packed else model.label_file):
-        names = _parse_labels(packed[label_file], f"{path}!{label_file}", classes)
+    elif label_file := (LABELS_NAME if LABELS_NAME in file.packed else model.label_file):
+        names = _parse_labels(file.packed[label_file], f"{file.path}!{label_file}", classes)
     else:
         names = tuple(f"class {i}" for i in range(classes))
     return Bundle(
-        path=path,
-        name=of_bundle.name if of_bundle else path.stem,
+        file=file,
+        name=of_bundle.name if of_bundle else file.path.stem,
         version=of_bundle.version if of_bundle else "",
-        sha256=sha256,
-        content=content,
-        model=model,
         labels=names,
-        input=of_bundle.input if of_bundle else _guess_input(model, path),
+        input=of_bundle.input if of_bundle else _guess_input(model, file.path),
         output=of_bundle.output if of_bundle else guess_output(model),
-        manifest=of_bundle,
-        packed=tuple(packed),
     )
 
 
@@ -209,6 +230,8 @@ def _check_classifier(model: flatbuffer.Model, path: Path) -> int:
 def _guess_input(model: flatbuffer.Model, path: Path) -> ImageInput:
     tensor = model.inputs[0]
     _, height, width, channels = tensor.shape
+    mean: tuple[float, ...] = (127.5,)
+    std: tuple[float, ...] = (127.5,)
     if tensor.dtype in ("uint8", "int8") and tensor.scale:
         # A quantized image model takes the pixel itself (uint8) or the pixel less 128 (int8).
         zero_point = tensor.zero_point[0] + (128 if tensor.dtype == "int8" else 0)
@@ -216,9 +239,7 @@ def _guess_input(model: flatbuffer.Model, path: Path) -> ImageInput:
     elif model.normalization:
         mean, std = model.normalization.mean, model.normalization.std
     else:
-        mean, std = (127.5,), (127.5,)
-        if tensor.dtype not in ("uint8", "int8"):
-            logger.warning("%s does not say how its input is normalized; pixels are scaled to -1..1", path)
+        logger.warning("%s does not say how its input is normalized; pixels are scaled to -1..1", path)
     return ImageInput(size_wh=(width, height), channels=1 if channels == 1 else 3, mean=mean, std=std)
 
 

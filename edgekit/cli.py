@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -60,7 +61,9 @@ def cli() -> None:
 @click.option("--labels", metavar="FILE", help="A text file with one label a line.")
 @click.option("--calibration", metavar="PATH", help="A folder of images, or an .npy or .npz, to fix int8 ranges with.")
 @click.option(
-    "--validation", metavar="PATH", help="Labelled data to hold the bundle against: a folder per class, or an .npz with x and y."
+    "--validation",
+    metavar="PATH",
+    help="Labelled data to hold the bundle against: a folder per class, or an .npz with x and y.",
 )
 @click.option(
     "--quantize",
@@ -71,7 +74,9 @@ def cli() -> None:
 )
 @click.option("--input-size", type=int, metavar="PIXELS", help="Side of the input, where the model leaves it open.")
 @click.option("--classes", type=int, help="For a named model: how many, if there is no --labels.  [default: 1000]")
-@click.option("--mean", type=float, help="Pixels become (x - mean) / std, x in 0..255.  [default: the model's own, or 127.5]")
+@click.option(
+    "--mean", type=float, help="Pixels become (x - mean) / std, x in 0..255.  [default: the model's own, or 127.5]"
+)
 @click.option("--std", type=float, help="See --mean.  [default: the model's own, or 127.5]")
 @click.option("--name", help="The bundle's name.  [default: that of OUT]")
 @click.option("--version", default="1", show_default=True, help="The bundle's version.")
@@ -88,7 +93,9 @@ def convert(model: str, output: str, as_json: bool, **options: Any) -> None:
     if as_json:
         click.echo(msgspec.json.encode(manifest))
         return
-    click.echo(f"{output}: {manifest.name} {manifest.version}, {manifest.quantization}, {os.path.getsize(output):,} bytes")  # noqa: PTH202
+    click.echo(
+        f"{output}: {manifest.name} {manifest.version}, {manifest.quantization}, {Path(output).stat().st_size:,} bytes"
+    )
     if checked := manifest.verification:
         click.echo(_verdict(checked))
     for name, check in manifest.runtimes.items():
@@ -105,11 +112,11 @@ def _verdict(checked: Any) -> str:
 
 
 def _progress_bar() -> Any:
-    """A context that gives a callback ``(stage, done, total)``: a bar on a terminal, a line for each stage elsewhere."""
+    """A context that gives a callback ``(stage, done, total)``: a bar on a terminal, a line a stage elsewhere."""
     if not sys.stderr.isatty():
         stages: set[str] = set()
 
-        def line(stage: str, done: int, total: int) -> None:
+        def line(stage: str, *_: int) -> None:
             if stage not in stages:
                 stages.add(stage)
                 click.echo(f"edgekit: {stage}", err=True)
@@ -144,7 +151,10 @@ def _progress_bar() -> Any:
     "--source", required=True, help="camera:N, rtsp://…, http://… (MJPEG), a video, an image or a folder of images."
 )
 @click.option(
-    "--broker", default="mqtt://localhost", show_default=True, help="mqtt://[user:pass@]host[:port], mqtts://…, embedded or none."
+    "--broker",
+    default="mqtt://localhost",
+    show_default=True,
+    help="mqtt://[user:pass@]host[:port], mqtts://…, embedded or none.",
 )
 @click.option("--device-id", help="This device's name in the topics.  [default: the host's name]")
 @click.option("--stream", default="main", show_default=True, help="This stream's name in the topics.")
@@ -180,7 +190,9 @@ def run(bundle: str, source: str, as_json: bool, **options: Any) -> None:
 
 
 @_command
-@click.option("--broker", default="mqtt://localhost", show_default=True, help="mqtt://[user:pass@]host[:port] or mqtts://…")
+@click.option(
+    "--broker", default="mqtt://localhost", show_default=True, help="mqtt://[user:pass@]host[:port] or mqtts://…"
+)
 @click.option("--device", help="Only this device.")
 @click.option("--stream", help="Only this stream.")
 @click.option("--group", help="Share the messages with the other listeners of this group.")
@@ -199,7 +211,12 @@ def listen(
     """Show predictions, events and status as devices publish them."""
     patience_s = 30.0 if timeout is None else timeout
     with edgekit.Subscriber(
-        broker, device=device, stream=stream, kinds=("prediction", "event", "status"), group=group, patience_s=patience_s
+        broker,
+        device=device,
+        stream=stream,
+        kinds=("prediction", "event", "status"),
+        group=group,
+        patience_s=patience_s,
     ) as subscriber:
         seen = 0
         while count is None or seen < count:
@@ -235,20 +252,28 @@ def inspect(bundle: str, as_json: bool) -> None:
     from rich.table import Table
 
     console = Console(highlight=False, soft_wrap=True)
-    manifest = found["manifest"] or {}
+    manifest, how = found["manifest"] or {}, found["classifier"]
     facts = {
-        "name": f"{found['name']} {found['version']}".strip(),
+        "name": f"{manifest['name']} {manifest['version']}" if manifest else "no manifest: not converted by EdgeKit",
         "size": f"{found['bytes']:,} bytes, sha256 {found['sha256'][:12]}…",
-        "quantization": manifest.get("quantization", "no manifest: not converted by EdgeKit"),
-        "classes": f"{len(found['labels'])}: {', '.join(found['labels'][:5])}{', …' if len(found['labels']) > 5 else ''}",
-        "preprocessing": "{size_wh[0]} x {size_wh[1]} x {channels}, {resize}, mean {mean}, std {std}".format(**found["input"]),
-        "output": "{activation}, in the graph: {in_graph}, multi-label: {multi_label}".format(**found["output"]),
         "packed files": ", ".join(found["packed_files"]) or "none",
     }
-    if verification := manifest.get("verification"):
-        facts["verification"] = ", ".join(f"{key} {value}" for key, value in verification.items() if value is not None)
-    for name, check in manifest.get("runtimes", {}).items():
-        facts[name] = f"{check['version']} {check['status']} {check['detail']}".strip()
+    if isinstance(how, str):
+        facts["classifier"] = f"no: {how}"
+    else:
+        facts["classes"] = (
+            f"{len(how['labels'])}: {', '.join(how['labels'][:5])}{', …' if len(how['labels']) > 5 else ''}"
+        )
+        facts["input"] = "{size_wh[0]} x {size_wh[1]} x {channels}, {resize}, mean {mean}, std {std}".format(
+            **how["input"]
+        )
+        facts["output"] = "{activation}, in the graph: {in_graph}, multi-label: {multi_label}".format(**how["output"])
+    if manifest:
+        facts["quantization"] = manifest["quantization"]
+        checked = manifest["verification"] or {}
+        facts["verification"] = ", ".join(f"{key} {value}" for key, value in checked.items() if value is not None)
+        for name, check in manifest["runtimes"].items():
+            facts[name] = " ".join(filter(None, (check["version"], check["status"], check["detail"])))
     summary = Table(show_header=False, box=None)
     for key, value in facts.items():
         summary.add_row(key, value)
@@ -266,7 +291,9 @@ def inspect(bundle: str, as_json: bool) -> None:
     operators = Table("operator", "version", "count", box=None)
     for operator in found["operators"]:
         operators.add_row(
-            operator["name"] + (" (custom)" if operator["custom"] else ""), str(operator["version"]), str(operator["count"])
+            operator["name"] + (" (custom)" if operator["custom"] else ""),
+            str(operator["version"]),
+            str(operator["count"]),
         )
     console.print(operators)
 
@@ -295,6 +322,10 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if context and context[0].obj:
             raise
-        line = str(error) if isinstance(error, EdgekitError) else f"unexpected {type(error).__name__}: {error}; please report it"
+        line = (
+            str(error)
+            if isinstance(error, EdgekitError)
+            else f"unexpected {type(error).__name__}: {error}; please report it"
+        )
         click.echo(f"edgekit: error: {' '.join(line.split())}", err=True)
         sys.exit(1)

@@ -25,9 +25,7 @@ class NotFiniteError(EdgekitError):
     """The model gave NaN or infinity."""
 
 
-def scores(
-    raw: npt.NDArray[Any], output: Output, scale: float = 0.0, zero_point: int = 0
-) -> npt.NDArray[np.float32]:
+def scores(raw: npt.NDArray[Any], output: Output, scale: float = 0.0, zero_point: int = 0) -> npt.NDArray[np.float32]:
     """Output tensors, shape (n, classes), raw as the interpreter gives them -> scores in 0..1, same shape.
 
     ``scale`` and ``zero_point`` are those of a quantized output tensor, ``scale`` 0 where it is float.

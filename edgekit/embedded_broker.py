@@ -6,7 +6,9 @@ import asyncio
 import logging
 import threading
 import time
+from collections.abc import Callable, Coroutine
 from types import TracebackType
+from typing import Any
 from urllib.parse import urlsplit
 
 from edgekit.errors import BrokerError
@@ -47,14 +49,14 @@ class EmbeddedBroker:
         except Exception as error:
             self._stop_loop()
             raise BrokerError(
-                f"embedded broker cannot listen on {self.address.host}:{self.address.port} ({error.__cause__ or error})",
+                f"embedded broker cannot listen on {self.address} ({error.__cause__ or error})",
                 mend="stop what listens there, or give another port: embedded://127.0.0.1:1884",
             ) from error
 
-    def _run(self, coroutine):  # type: ignore[no-untyped-def]
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(15)
 
-    async def _start(self, broker_class):  # type: ignore[no-untyped-def]
+    async def _start(self, broker_class: Any) -> Any:
         broker = broker_class(
             {
                 "listeners": {"default": {"type": "tcp", "bind": f"{self.address.host}:{self.address.port}"}},
@@ -103,7 +105,7 @@ class EmbeddedBroker:
         self.close()
 
 
-def _wait(condition, timeout_s: float) -> bool:  # type: ignore[no-untyped-def]
+def _wait(condition: Callable[[], bool], timeout_s: float) -> bool:
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

@@ -158,8 +158,9 @@ class Model:
         try:
             return walk(content)
         except (struct.error, ValueError, IndexError, OverflowError, MemoryError) as error:
+            reason = "an offset leads out of the file" if isinstance(error, struct.error) else error
             raise BundleError(
-                f"{self.where} is not a whole TFLite model ({error})",
+                f"{self.where} is not a whole TFLite model ({reason})",
                 mend="it was cut short or altered: copy or convert it again",
             ) from error
 
@@ -271,9 +272,7 @@ class Model:
                 for unit in tensor.tables(4):
                     options = unit.table(1)
                     if unit.number(0, "<B") == _NORMALIZATION_OPTIONS and options:
-                        mean, std = (
-                            tuple(float(v) for v in options.vector(field, np.float32)) for field in (0, 1)
-                        )
+                        mean, std = (tuple(float(v) for v in options.vector(field, np.float32)) for field in (0, 1))
                         if mean and std and all(std):
                             return Normalization(mean, std)
         return None

@@ -9,34 +9,43 @@ from typing import Any
 import msgspec
 
 from edgekit import bundle as bundles
+from edgekit.errors import EdgekitError
 from edgekit.flatbuffer import Tensor
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest, tensors, operators and packed files of a bundle, as plain data that fits JSON.
+    """The manifest, tensors, operators and packed files of any ``.tflite``, as plain data that fits JSON.
+
+    ``classifier`` tells how EdgeKit runs it, or, as a line of text, why it cannot.
 
     Raises:
-        BundleError: as :func:`edgekit.bundle.read`.
+        BundleError: as :func:`edgekit.bundle.read_file`.
     """
-    bundle = bundles.read(path)
-    operators = Counter((operator.name, operator.version, operator.custom) for operator in bundle.model.operators)
+    file = bundles.read_file(path)
+    operators = Counter((operator.name, operator.version, operator.custom) for operator in file.model.operators)
+    classifier: str | dict[str, Any]
+    try:
+        bundle = bundles.classifier(file)
+        classifier = {
+            "labels": list(bundle.labels),
+            "input": msgspec.to_builtins(bundle.input),
+            "output": msgspec.to_builtins(bundle.output),
+        }
+    except EdgekitError as error:
+        classifier = str(error)
     return {
-        "path": str(bundle.path),
-        "name": bundle.name,
-        "version": bundle.version,
-        "bytes": bundle.path.stat().st_size,
-        "sha256": bundle.sha256,
-        "labels": list(bundle.labels),
-        "packed_files": list(bundle.packed),
-        "inputs": [_tensor(tensor) for tensor in bundle.model.inputs],
-        "outputs": [_tensor(tensor) for tensor in bundle.model.outputs],
-        "input": msgspec.to_builtins(bundle.input),
-        "output": msgspec.to_builtins(bundle.output),
+        "path": str(file.path),
+        "bytes": file.path.stat().st_size,
+        "sha256": file.sha256,
+        "packed_files": list(file.packed),
+        "inputs": [_tensor(tensor) for tensor in file.model.inputs],
+        "outputs": [_tensor(tensor) for tensor in file.model.outputs],
         "operators": [
             {"name": name, "version": version, "custom": custom, "count": count}
             for (name, version, custom), count in sorted(operators.items())
         ],
-        "manifest": msgspec.to_builtins(bundle.manifest) if bundle.manifest else None,
+        "classifier": classifier,
+        "manifest": msgspec.to_builtins(file.manifest) if file.manifest else None,
     }
 
 

@@ -8,7 +8,7 @@ import msgspec
 
 from edgekit.errors import BundleError
 
-SCHEMA = "edgekit.bundle/1"
+SCHEMA: Literal["edgekit.bundle/1"] = "edgekit.bundle/1"
 
 Resize = Literal["bilinear", "area", "bicubic", "nearest"]
 Activation = Literal["softmax", "sigmoid", "none"]
@@ -104,7 +104,9 @@ def decode(content: bytes, where: str) -> Manifest:
             )
         return msgspec.convert(head, Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{where}: manifest edgekit.json does not fit ({error})", mend="convert the model again") from error
+        raise BundleError(
+            f"{where}: manifest edgekit.json does not fit ({error})", mend="convert the model again"
+        ) from error
 
 
 def encode(manifest: Manifest) -> bytes:

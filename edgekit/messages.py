@@ -128,7 +128,9 @@ def check_name(name: str, what: str) -> str:
     """
     if not re.fullmatch(_NAME, name):
         raise EdgekitError(
-            f"{what} {name!r}", expected="a name of a-z, 0-9, _ and -", mend="give another one; it becomes part of a topic"
+            f"{what} {name!r}",
+            expected="a name of a-z, 0-9, _ and -",
+            mend="give another one; it becomes part of a topic",
         )
     return name
 

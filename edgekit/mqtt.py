@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
 from edgekit.errors import BrokerError
@@ -73,7 +74,7 @@ def connect(
     client_id: str,
     *,
     will: tuple[str, str] | None = None,
-    on_connect: Callable[[paho.Client], None] | None = None,
+    on_connect: Callable[[paho.Client], object] | None = None,
     on_message: Callable[[paho.MQTTMessage], None] | None = None,
     on_publish: Callable[[int], None] | None = None,
     timeout_s: float = 10.0,
@@ -93,7 +94,7 @@ def connect(
         BrokerError: the broker cannot be reached, does not answer, or refuses the connection.
     """
     for protocol, name in _PROTOCOLS.items():
-        client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id=client_id, protocol=protocol)
+        client = paho.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=protocol)
         client.connect_timeout = timeout_s
         client.reconnect_delay_set(min_delay=1, max_delay=30)
         if address.username is not None:
@@ -126,7 +127,7 @@ def connect(
 def _handshake(
     client: paho.Client,
     address: BrokerAddress,
-    on_connect: Callable[[paho.Client], None] | None,
+    on_connect: Callable[[paho.Client], object] | None,
     timeout_s: float,
     patience_s: float,
 ) -> ReasonCode | None:
@@ -160,7 +161,8 @@ def _handshake(
         except (OSError, ValueError) as error:
             if time.monotonic() >= deadline:
                 raise BrokerError(
-                    f"broker {address} cannot be reached ({error})", mend="check host and port, and that the broker runs"
+                    f"broker {address} cannot be reached ({error})",
+                    mend="check host and port, and that the broker runs",
                 ) from error
             if not waiting:
                 logger.info("waiting for broker %s (%s)", address, error)

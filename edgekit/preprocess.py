@@ -56,7 +56,8 @@ class ImagePreprocessor:
         self.dtype = dtype
 
     def resize(self, image: npt.NDArray[np.uint8], channel_order: ChannelOrder = "rgb") -> npt.NDArray[np.uint8]:
-        """``image`` (height, width) or (height, width, 3), 8-bit -> (height, width, channels) of the model, RGB or grey.
+        """``image`` (height, width) or (height, width, 3), 8-bit -> (height, width, channels) of the model, RGB or
+        grey.
 
         Raises:
             EdgekitError: ``image`` has another shape or type.
@@ -85,17 +86,16 @@ class ImagePreprocessor:
             small = cv2.cvtColor(small, cv2.COLOR_BGR2GRAY if channel_order == "bgr" else cv2.COLOR_RGB2GRAY)
         return small.reshape(self.shape_nhwc[1:])  # type: ignore[no-any-return]
 
-    def __call__(
-        self, image: npt.NDArray[np.uint8], channel_order: ChannelOrder = "rgb"
-    ) -> npt.NDArray[Any]:
+    def __call__(self, image: npt.NDArray[np.uint8], channel_order: ChannelOrder = "rgb") -> npt.NDArray[Any]:
         """``image`` -> the input tensor, shape (1, height, width, channels). Raises as :meth:`resize`."""
         small = self.resize(image, channel_order)
-        return cv2.LUT(small, self._table).view(self.dtype).reshape(self.shape_nhwc)
+        tensor: npt.NDArray[Any] = cv2.LUT(small, self._table).view(self.dtype).reshape(self.shape_nhwc)
+        return tensor
 
 
 def quantize(real: npt.NDArray[Any], dtype: str, scale: float, zero_point: int) -> npt.NDArray[Any]:
-    """``real`` -> integers of ``dtype``. Halves go up, so that steps of equal size stay of equal size (to even, as NumPy
-    rounds, two neighbouring pixel values would share one integer and the next be skipped)."""
+    """``real`` -> integers of ``dtype``. Halves go up, so that steps of equal size stay of equal size (to even, as
+    NumPy rounds, two neighbouring pixel values would share one integer and the next be skipped)."""
     limits = np.iinfo(dtype)
     quantized = np.floor(real / scale + zero_point + 0.5)
     return np.clip(quantized, limits.min, limits.max).astype(dtype)

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+COLOURS = {"red": (230, 30, 30), "green": (30, 230, 30), "blue": (30, 30, 230)}
+
+
+def colour_image(label: str, size_wh: tuple[int, int] = (48, 32), seed: int = 0) -> np.ndarray:
+    """A noisy RGB picture of one colour."""
+    noise = np.random.default_rng(seed).integers(-25, 26, (size_wh[1], size_wh[0], 3))
+    return (np.array(COLOURS[label]) + noise).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def colour() -> Callable[..., np.ndarray]:
+    return colour_image
+
+
+@pytest.fixture(scope="session")
+def vision_data() -> Path:
+    """Models and pictures made by others."""
+    if not (DATA / "vision").is_dir():
+        pytest.skip("no ../shared/data/vision here")
+    return DATA / "vision"
+
+
+def run_edgekit(*arguments: str | Path, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "edgekit", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, **options)
+
+
+@pytest.fixture
+def edgekit_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs ``edgekit ARGUMENTS`` as a user would, in an empty folder."""
+    return lambda *arguments, **options: run_edgekit(*arguments, cwd=tmp_path, **options)
+
+
+@pytest.fixture
+def edgekit_fails(edgekit_cli: Any) -> Callable[..., str]:
+    """Runs ``edgekit ARGUMENTS``, which must fail with status 1 and one clear line; returns the line."""
+
+    def fails(*arguments: str | Path, **options: Any) -> str:
+        result = edgekit_cli(*arguments, **options)
+        lines = [line for line in result.stderr.splitlines() if line.startswith("edgekit: error: ")]
+        assert (result.returncode, len(lines)) == (1, 1), result.stderr
+        assert "Traceback" not in result.stderr and "unexpected" not in result.stderr, result.stderr
+        return lines[0]
+
+    return fails
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with colours.keras and what ``edgekit convert`` makes of it: float32.tflite and int8.tflite.
+
+    Where TensorFlow is not installed, they are those that an earlier run left in ``EDGEKIT_TEST_MODELS``.
+    """
+    given = os.environ.get("EDGEKIT_TEST_MODELS")
+    folder = Path(given) if given else tmp_path_factory.mktemp("models")
+    if (folder / "int8.tflite").exists():
+        return folder
+    pytest.importorskip("tensorflow", reason="needs TensorFlow, or models in EDGEKIT_TEST_MODELS")
+    folder.mkdir(parents=True, exist_ok=True)
+    script = Path(__file__).with_name("make_colours.py")
+    subprocess.run([sys.executable, script, folder / "colours.keras"], check=True, capture_output=True)
+    (folder / "labels.txt").write_text("".join(f"{label}\n" for label in COLOURS))
+    x = np.stack([colour_image(label, (32, 32), seed) for seed in range(40) for label in COLOURS])
+    np.savez(folder / "data.npz", x=x, y=np.tile(np.arange(3), 40))
+    for recipe in ("float32", "int8"):
+        result = run_edgekit(
+            "convert", "colours.keras", "-o", f"{recipe}.tflite", "--quantize", recipe, "--labels", "labels.txt",
+            "--calibration", "data.npz", "--validation", "data.npz", "--mean", "127.5", "--std", "127.5",
+            cwd=folder,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of six pictures, two of each colour, of different sizes and formats."""
+    folder = tmp_path_factory.mktemp("frames")
+    for number, label in enumerate(list(COLOURS) * 2):
+        image = colour_image(label, (40 + 16 * number, 64), number)
+        cv2.imwrite(str(folder / f"{number}-{label}.{'png' if number % 2 else 'jpg'}"), image[..., ::-1])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A video of 90 frames: 30 red, 30 green, 30 blue."""
+    path = tmp_path_factory.mktemp("video") / "colours.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 30, (64, 48))
+    for number in range(90):
+        writer.write(colour_image(list(COLOURS)[number // 30], (64, 48), number)[..., ::-1])
+    writer.release()
+    return path
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    def find() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+
+    return find
+
+
+class Mosquitto:
+    """A real broker on a free port of its own."""
+
+    def __init__(self, folder: Path, port: int, *settings: str) -> None:
+        self.port, self.url = port, f"mqtt://127.0.0.1:{port}"
+        self._config = folder / f"mosquitto-{port}.conf"
+        self._config.write_text("\n".join([f"listener {port} 127.0.0.1", *(settings or ["allow_anonymous true"]), ""]))
+        self._subscribers: list[subprocess.Popen[str]] = []
+        self.start()
+
+    def start(self) -> None:
+        program = shutil.which("mosquitto") or "/usr/sbin/mosquitto"
+        self._process = subprocess.Popen([program, "-c", str(self._config)], stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return
+            except OSError:
+                assert time.monotonic() < deadline, "mosquitto does not start"
+                time.sleep(0.02)
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(10)
+
+    def pause(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
+    def subscribe(self, topic: str, *options: str) -> Callable[[], list[tuple[str, Any]]]:
+        """Starts a ``mosquitto_sub``; the result waits for it to end and returns what it received, JSON decoded."""
+        command = ["mosquitto_sub", "-p", str(self.port), "-q", "1", "-t", topic, "-F", "%t\t%p", *options]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self._subscribers.append(process)
+        time.sleep(0.3)
+
+        def received() -> list[tuple[str, Any]]:
+            output, _ = process.communicate(timeout=60)
+            pairs = [line.split("\t", 1) for line in output.splitlines()]
+            return [(to, json.loads(payload) if payload[:1] == "{" else payload) for to, payload in pairs]
+
+        return received
+
+    def close(self) -> None:
+        for process in self._subscribers:
+            process.kill()
+            process.communicate()
+        self.resume()
+        self.stop()
+
+
+@pytest.fixture
+def mosquitto(
+    tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
+) -> Iterator[Callable[..., Mosquitto]]:
+    """Starts real Mosquitto brokers, each with the settings given."""
+    started: list[Mosquitto] = []
+
+    def start(*settings: str) -> Mosquitto:
+        started.append(Mosquitto(tmp_path_factory.mktemp("mosquitto"), free_port(), *settings))
+        return started[-1]
+
+    if not (shutil.which("mosquitto") or Path("/usr/sbin/mosquitto").exists()):
+        pytest.skip("no mosquitto here; scripts/test installs it")
+    yield start
+    for broker in started:
+        broker.close()
+
+
+@pytest.fixture
+def broker(mosquitto: Callable[..., Mosquitto]) -> Mosquitto:
+    return mosquitto()
