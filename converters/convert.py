@@ -14,11 +14,11 @@ from typing import Literal
 
 import msgspec
 import numpy as np
+
+from edgekit import bundle
 from edgekit.converters import metadata, verify
 from edgekit.converters.data import Dataset
 from edgekit.converters.worker import Event, Job, Result
-
-from edgekit import bundle
 from edgekit.errors import ConversionError
 from edgekit.flatbuffer import Model
 from edgekit.manifest import Manifest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import zipfile
@@ -107,7 +108,7 @@ def _mobilenet(name: str, weights: str, classes: int | None, input_size: int | N
             file = f"weights_mobilenet_v3_{name.rpartition('-')[2]}_224_1.0_float.h5"
             raise ConversionError(
                 f"the ImageNet weights of {name} cannot be had (no network?)",
-                mend=f"put Keras's file {file} into {Path(keras.config.keras_home()) / 'models'}",
+                mend=f"put Keras's file {file} into {Path(os.environ.get('KERAS_HOME', Path.home() / '.keras')) / 'models'}",
             ) from error
     model = build(None)
     if weights != "none":

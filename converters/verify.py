@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from edgekit.converters.data import Dataset
 
 from edgekit import runtimes
+from edgekit.converters.data import Dataset
 from edgekit.decode import NotFiniteError, scores
 from edgekit.errors import ConversionError
 from edgekit.flatbuffer import Model

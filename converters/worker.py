@@ -15,8 +15,8 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from edgekit.converters import data
 
+from edgekit.converters import data
 from edgekit.errors import ConversionError, EdgekitError
 from edgekit.manifest import Calibration, ImageInput
 from edgekit.preprocess import ImagePreprocessor
@@ -146,6 +146,11 @@ def _convert(job: Job, tell: Any) -> Result:
 
     def tensors() -> Iterator[Any]:
         assert calibration is not None
+        if calibration.x.dtype == np.uint8:
+            # The input's range is that of all pixels, not of those that happened to be seen: one black, one white.
+            image = calibration.x[0].copy()
+            image[0, 0], image[-1, -1] = 0, 255
+            yield preprocess(image)
         for done, tensor in enumerate(calibration.tensors(preprocess), 1):
             yield tensor
             tell(Event(stage=stage, done=done, total=len(calibration.x)))

@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from edgekit.devices.interpreter import Model
-from edgekit.devices.publisher import Publisher
-from edgekit.devices.sources import Frame, Source, open_source
-
 import edgekit
 from edgekit import runtimes
 from edgekit.bundle import read
 from edgekit.decode import NotFiniteError
+from edgekit.devices.interpreter import Model
+from edgekit.devices.publisher import Publisher
+from edgekit.devices.sources import Frame, Source, open_source
 from edgekit.embedded_broker import EmbeddedBroker, is_embedded
 from edgekit.errors import EdgekitError
 from edgekit.messages import (

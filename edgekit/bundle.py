@@ -232,10 +232,10 @@ def _guess_input(model: flatbuffer.Model, path: Path) -> ImageInput:
     _, height, width, channels = tensor.shape
     mean: tuple[float, ...] = (127.5,)
     std: tuple[float, ...] = (127.5,)
-    if tensor.dtype in ("uint8", "int8") and tensor.scale:
-        # A quantized image model takes the pixel itself (uint8) or the pixel less 128 (int8).
-        zero_point = tensor.zero_point[0] + (128 if tensor.dtype == "int8" else 0)
-        mean, std = (float(zero_point),), (1.0 / tensor.scale[0],)
+    if tensor.dtype in ("uint8", "int8"):
+        # An 8-bit image model takes the pixel itself (uint8) or the pixel less 128 (int8), quantized or not.
+        zero_point, scale = (tensor.zero_point[0], tensor.scale[0]) if tensor.scale else (0, 1.0)
+        mean, std = (float(zero_point + (128 if tensor.dtype == "int8" else 0)),), (1.0 / scale,)
     elif model.normalization:
         mean, std = model.normalization.mean, model.normalization.std
     else:

@@ -11,6 +11,8 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
+from paho.mqtt.enums import MQTTProtocolVersion
+
 from edgekit.errors import BrokerError
 from edgekit.mqtt import BrokerAddress
 
@@ -36,7 +38,10 @@ class EmbeddedBroker:
 
         try:
             parts = urlsplit(url if "://" in url else "embedded://")
-            self.address = BrokerAddress(parts.hostname or "127.0.0.1", parts.port or 1883)
+            # amqtt keeps silent at an MQTT 5 CONNECT with a Last Will.
+            self.address = BrokerAddress(
+                parts.hostname or "127.0.0.1", parts.port or 1883, protocols=(MQTTProtocolVersion.MQTTv311,)
+            )
         except ValueError:
             raise BrokerError(f"broker {url}", expected="embedded or embedded://host:port") from None
         # amqtt logs an error for each MQTT 5 client, which connects again with 3.1.1

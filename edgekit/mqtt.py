@@ -13,26 +13,27 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
 from edgekit.errors import BrokerError
 
 logger = logging.getLogger(__name__)
 
-_PROTOCOLS = {paho.MQTTv5: "MQTT 5", paho.MQTTv311: "MQTT 3.1.1"}
+_NAMES = {MQTTProtocolVersion.MQTTv5: "MQTT 5", MQTTProtocolVersion.MQTTv311: "MQTT 3.1.1"}
 _USAGE = "mqtt://[user:password@]host[:port], mqtts://…, embedded or none"
 
 
 @dataclass(frozen=True)
 class BrokerAddress:
-    """Where a broker is. Its text form leaves out the credentials."""
+    """Where a broker is, and what to speak with it, tried in that order. Its text form leaves out the credentials."""
 
     host: str
     port: int
     tls: bool = False
     username: str | None = None
     password: str | None = field(default=None, repr=False)
+    protocols: tuple[MQTTProtocolVersion, ...] = (MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311)
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -93,7 +94,7 @@ def connect(
     Raises:
         BrokerError: the broker cannot be reached, does not answer, or refuses the connection.
     """
-    for protocol, name in _PROTOCOLS.items():
+    for protocol in address.protocols:
         client = paho.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=protocol)
         client.connect_timeout = timeout_s
         client.reconnect_delay_set(min_delay=1, max_delay=30)
@@ -109,7 +110,7 @@ def connect(
             client.on_publish = lambda _client, _userdata, mid, _reason, _properties: on_publish(mid)
         answer = _handshake(client, address, on_connect, timeout_s, patience_s)
         if answer is not None and not answer.is_failure:
-            logger.info("connected to %s with %s", address, name)
+            logger.info("connected to %s with %s", address, _NAMES[protocol])
             return client
         client.loop_stop()
         # An older broker refuses the version, or hangs up on a CONNECT it cannot read.
@@ -119,7 +120,7 @@ def connect(
                 mend="check the user and password, and the broker's access rules",
             )
     raise BrokerError(
-        f"broker {address} accepted the connection but answered neither MQTT 5 nor 3.1.1",
+        f"broker {address} accepted the connection but did not answer as an MQTT broker",
         mend="check that an MQTT broker listens there, and whether it wants TLS (mqtts://)",
     )
 

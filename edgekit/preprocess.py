@@ -30,7 +30,8 @@ class ImagePreprocessor:
     Args:
         input: size, resize method and normalization.
         dtype: type of the tensor: ``float32``, ``int8``, ``uint8`` or ``int16``.
-        scale, zero_point: quantization of the tensor, ``real = (q - zero_point) * scale``; 0 for a float tensor.
+        scale, zero_point: quantization of the tensor, ``real = (q - zero_point) * scale``; 0 for a tensor that is not
+            quantized.
     """
 
     def __init__(self, input: ImageInput, dtype: str = "float32", scale: float = 0.0, zero_point: int = 0) -> None:
@@ -49,7 +50,7 @@ class ImagePreprocessor:
         self.shape_nhwc = (1, input.size_wh[1], input.size_wh[0], input.channels)
         pixels = np.arange(256.0)[:, None]
         real = (pixels - np.asarray(input.mean)) / np.asarray(input.std)
-        table = real if dtype == "float32" else quantize(real, dtype, scale, zero_point)
+        table = real if dtype == "float32" else quantize(real, dtype, scale or 1.0, zero_point)
         table = np.broadcast_to(table, (256, input.channels)).astype(dtype)
         # cv2.LUT wants (1, 256, channels); int8 goes through it as the same bytes in uint8
         self._table = np.ascontiguousarray(table)[None].view(np.uint8 if dtype == "int8" else dtype)

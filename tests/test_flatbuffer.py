@@ -21,7 +21,7 @@ def test_model_is_read(content: bytes) -> None:
     model = Model(content)
     (given,), (made,) = model.inputs, model.outputs
     assert (given.shape, given.dtype, made.shape, made.dtype) == ((1, 32, 32, 3), "int8", (1, 3), "int8")
-    assert given.scale == pytest.approx((1 / 127.5,), rel=0.05) and given.zero_point == (-1,)
+    assert given.scale == pytest.approx((1 / 127.5,), rel=1e-3) and given.zero_point == (-1,)
     assert {operator.name for operator in model.operators} >= {"CONV_2D", "MEAN", "FULLY_CONNECTED", "SOFTMAX"}
     assert model.last_operator == "SOFTMAX"
     assert model.label_file == "labels.txt" and set(model.associated_files) == {"labels.txt", "edgekit.json"}
