@@ -106,9 +106,10 @@ def _mobilenet(name: str, weights: str, classes: int | None, input_size: int | N
         except Exception as error:
             # Keras raises a bare Exception for a failed download.
             file = f"weights_mobilenet_v3_{name.rpartition('-')[2]}_224_1.0_float.h5"
+            home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
             raise ConversionError(
                 f"the ImageNet weights of {name} cannot be had (no network?)",
-                mend=f"put Keras's file {file} into {Path(os.environ.get('KERAS_HOME', Path.home() / '.keras')) / 'models'}",
+                mend=f"put Keras's file {file} into {home / 'models'}",
             ) from error
     model = build(None)
     if weights != "none":

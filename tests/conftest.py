@@ -92,6 +92,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A MobileNetV3-Small trained on handwritten digits, with its data: see examples/train_digits.py."""
+    pytest.importorskip("tensorflow")
+    pytest.importorskip("sklearn")
+    given = os.environ.get("EDGEKIT_TEST_MODELS")
+    folder = (Path(given) if given else tmp_path_factory.mktemp("models")) / "digits"
+    if not (folder / "held-out.avi").exists():
+        script = Path(__file__).parents[1] / "examples" / "train_digits.py"
+        subprocess.run([sys.executable, script, folder, "--epochs", "12"], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of six pictures, two of each colour, of different sizes and formats."""
     folder = tmp_path_factory.mktemp("frames")

@@ -1,0 +1,133 @@
+"""Runs every command and every Python example of the README and of docs/, in order, page by page."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import pytest
+
+pytestmark = pytest.mark.host
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)
+
+
+def commands(page: str) -> list[str]:
+    text = "\n".join(blocks(page, "console")).replace("\\\n", " ")
+    return [line[2:] for line in text.splitlines() if line.startswith("$ ")]
+
+
+@pytest.fixture(scope="module")
+def folder(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages speak of: digits.keras, its data, and the checkout in ./edgekit."""
+    folder = tmp_path_factory.mktemp("docs")
+    shutil.copytree(digits, folder, dirs_exist_ok=True)
+    wanted = ("edgekit", "converters", "devices", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+    for name in wanted:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        (folder / "edgekit").mkdir(exist_ok=True)
+        copy(ROOT / name, folder / "edgekit" / name)
+    return folder
+
+
+@pytest.fixture
+def environment(folder: Path, tmp_path: Path) -> dict[str, str]:
+    """``edgekit`` of this Python, and a stand-in for ``scp``: the device is not here."""
+    for name, script in {
+        "edgekit": f'exec {sys.executable} -m edgekit "$@"',
+        "pip": f'exec {sys.executable} -m pip install --dry-run --no-deps "$2"',
+        "scp": '[ -f "$1" ] && [ "${2%:}" != "$2" ]',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    return {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+
+
+@pytest.fixture
+def listeners(folder: Path, environment: dict[str, str]) -> Iterator[list[subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
+        process.kill()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_of_the_page_run(
+    page: str, folder: Path, environment: dict[str, str], broker: Any, listeners: list[Any]
+) -> None:
+    """A listener is started before the others, and must have heard something if the page runs a model."""
+    # the camera and the broker that the pages speak of are not here; a video and a broker are
+    here = {"camera:0": "held-out.avi", "mqtt://hub": broker.url}
+    lines = commands(page)
+    assert lines, page
+    for old, new in here.items():
+        lines = [line.replace(old, new) for line in lines]
+    if not (folder / "digits.tflite").exists() and not any("-o digits.tflite" in line for line in lines):
+        subprocess.run(
+            commands("README.md")[0], shell=True, cwd=folder, env=environment, check=True, capture_output=True
+        )
+    publishes = any("edgekit run" in line and broker.url in line for line in lines)
+    for line in lines:
+        if line.startswith("edgekit listen"):
+            listening = subprocess.Popen(
+                f"exec {line}", shell=True, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+            )
+            listeners.append(listening)
+    if listeners:
+        time.sleep(2)
+    for line in lines:
+        if not line.startswith("edgekit listen"):
+            result = subprocess.run(line, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
+            assert result.returncode == 0, f"{line}\n{result.stderr}"
+    if publishes and listeners:
+        time.sleep(1)
+    for listening in listeners:
+        listening.send_signal(signal.SIGINT)
+        output, _ = listening.communicate(timeout=20)
+        assert listening.returncode == 130
+        if publishes:
+            assert output.count("pi-4/desk") == 360
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_python_of_the_page_runs(page: str, folder: Path, environment: dict[str, str], broker: Any) -> None:
+    """Endless loops over a subscriber are ended after one message."""
+    subprocess.run(commands("README.md")[0], shell=True, cwd=folder, env=environment, check=True, capture_output=True)
+    image = cv2.cvtColor(cv2.imread(str(next((folder / "validation" / "7").iterdir()))), cv2.COLOR_BGR2RGB)
+    cv2.imwrite(str(folder / "image.png"), image)
+    for block in blocks(page, "python"):
+        code = "import cv2\nimage_rgb = cv2.imread('image.png')\n" + block.replace("mqtt://hub", broker.url)
+        code = re.sub(r"(print\(message\.captured_at.*\))", r"\1; break", code)
+        running = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        if "Subscriber" in block:
+            time.sleep(2)
+            command = f"edgekit run digits.tflite --source validation/7 --device-id pi-4 --broker {broker.url}"
+            subprocess.run(command, shell=True, cwd=folder, env=environment, check=True, capture_output=True)
+        output, errors = running.communicate(timeout=120)
+        assert running.returncode == 0, errors
+        assert output
+        if "model.predict" in block:
+            assert "label='7'" in output
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for page in PAGES[1:]:
+        assert f"]({page})" in readme
+    for link in re.findall(r"\]\(([^)]+)\)", readme):
+        assert (ROOT / link).exists()
