@@ -47,6 +47,7 @@ class Publisher:
         self._acks: set[int] = set()
         self._last_ack_s = time.monotonic()
         self._class_id: int | None = -1
+        self._state = b""
         self._client = connect(
             address,
             f"edgekit-{device}-{stream}",
@@ -75,21 +76,22 @@ class Publisher:
                 label=highest.label if highest else None,
                 score=highest.score if highest else None,
             )
-            self._publish(self._state_topic, encode(state), retain=True)
+            self._state = encode(state)
+            self._publish(self._state_topic, self._state, retain=True)
 
     def close(self) -> None:
         """Waits for the broker to acknowledge everything, says ``offline`` and disconnects."""
         lost = self._flush()
+        # Said in any case: the broker may be slow and not gone, and a disconnect takes back the Last Will.
         self._publish(self._status_topic, OFFLINE, retain=True)
-        offline_lost = self._flush() - lost
+        if not lost and self._flush():
+            logger.warning("broker %s has not acknowledged the last status, offline", self._address)
         self._client.disconnect()
         self._client.loop_stop()
         if lost:
             raise BrokerError(
                 f"broker {self._address} has not acknowledged {lost} messages", mend="check the broker and run again"
             )
-        if offline_lost:
-            logger.warning("broker %s has not acknowledged the last status, offline", self._address)
 
     def _flush(self) -> int:
         """Waits until all is acknowledged or the broker has been still for too long; how many are left."""
@@ -105,6 +107,8 @@ class Publisher:
         self._client = client
         self._publish(self._status_topic, ONLINE, retain=True)
         self._publish(self._info_topic, encode(self._info), retain=True)
+        if self._state:  # connected again, to a broker that may have forgotten it
+            self._publish(self._state_topic, self._state, retain=True)
 
     def _publish(self, to: str, payload: bytes | str, retain: bool = False) -> None:
         # paho calls _acknowledge with its own lock held: ours must not be held here.

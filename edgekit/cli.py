@@ -20,9 +20,18 @@ import click
 import edgekit
 from edgekit.errors import EdgekitError
 
+logger = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from edgekit.messages import PredictionMessage
     from edgekit.subscriber import Message
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to what ``sys.stderr`` is at the time, so that a progress bar can put log lines above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(self.format(record), file=sys.stderr)
 
 
 def _command(function: Callable[..., None]) -> click.Command:
@@ -32,11 +41,9 @@ def _command(function: Callable[..., None]) -> click.Command:
     @functools.wraps(function)
     def wrapped(debug: bool, **options: Any) -> None:
         click.get_current_context().find_root().obj = debug
-        logging.basicConfig(
-            stream=sys.stderr,
-            format="edgekit: %(levelname)s: %(message)s",
-            level=logging.DEBUG if debug else logging.WARNING,
-        )
+        handler = _StderrHandler()
+        handler.setFormatter(logging.Formatter("edgekit: %(levelname)s: %(message)s"))
+        logging.basicConfig(handlers=[handler], level=logging.DEBUG if debug else logging.WARNING)
         logging.addLevelName(logging.WARNING, "warning")
         logging.addLevelName(logging.INFO, "info")
         logging.addLevelName(logging.ERROR, "error")
@@ -99,7 +106,9 @@ def convert(model: str, output: str, as_json: bool, **options: Any) -> None:
     if checked := manifest.verification:
         click.echo(_verdict(checked))
     for name, check in manifest.runtimes.items():
-        click.echo(f"  {name} {check.version}: {check.status}{f' ({check.detail})' if check.detail else ''}")
+        click.echo(
+            f"  {f'{name} {check.version}'.strip()}: {check.status}{f' ({check.detail})' if check.detail else ''}"
+        )
 
 
 def _verdict(checked: Any) -> str:
@@ -119,25 +128,25 @@ def _progress_bar() -> Any:
         def line(stage: str, *_: int) -> None:
             if stage not in stages:
                 stages.add(stage)
-                click.echo(f"edgekit: {stage}", err=True)
+                logger.info("%s", stage)
 
         return nullcontext(line)
     from contextlib import contextmanager
 
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
     @contextmanager
     def bar() -> Any:
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            tasks: dict[str, Any] = {}
+            tasks: dict[str, TaskID] = {}
 
             def update(stage: str, done: int, total: int) -> None:
                 if stage not in tasks:
-                    for task in tasks.values():
-                        progress.update(task, total=1, completed=1)
-                    tasks[stage] = progress.add_task(stage)
+                    for task in progress.tasks:  # the ones before it are done
+                        progress.update(task.id, total=max(task.completed, 1), completed=max(task.completed, 1))
+                    tasks[stage] = progress.add_task(stage, total=None)
                 progress.update(tasks[stage], completed=done, total=total or None)
 
             yield update
@@ -181,10 +190,15 @@ def run(bundle: str, source: str, as_json: bool, **options: Any) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
 
-    def show(message: PredictionMessage) -> None:
-        click.echo(encode(message))
+    with _progress_bar() if sys.stderr.isatty() else nullcontext() as progress:
 
-    edgekit.run(bundle, source, stop=stop, on_prediction=show if as_json else None, **options)
+        def show(message: PredictionMessage) -> None:
+            if as_json:
+                click.echo(encode(message))
+            if progress:
+                progress("frames", message.seq, 0)
+
+        edgekit.run(bundle, source, stop=stop, on_prediction=show, **options)
     if signal.SIGINT in interrupted:
         raise KeyboardInterrupt
 
