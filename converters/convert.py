@@ -80,7 +80,7 @@ def convert(
     for what, value in (("--input-size", input_size), ("--classes", classes)):
         if value is not None and value < 1:
             raise ConversionError(what, expected="1 or more", got=str(value))
-    names = bundle.read_labels(labels) if labels else ()
+    names = bundle.read_labels(labels, classes) if labels else ()
     with (
         bundle.replacing(output) as temporary,
         tempfile.TemporaryDirectory(prefix="edgekit-") as folder,

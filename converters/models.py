@@ -50,7 +50,14 @@ def open_model(
     Raises:
         ConversionError: the model or its weights do not fit.
     """
-    model = _mobilenet(name, weights, classes, input_size) if name in MOBILENETS else _load(name)
+    if name in MOBILENETS:
+        model = _mobilenet(name, weights, classes, input_size)
+    elif weights != "none":
+        raise ConversionError(
+            f"--weights {weights}", expected=f"{' or '.join(MOBILENETS)} to load them into", got=f"model {name}"
+        )
+    else:
+        model = _load(name)
     if len(model.inputs) != 1 or len(model.outputs) != 1:
         raise ConversionError(
             f"model {name}",
@@ -66,6 +73,13 @@ def open_model(
     height, width = (input_size if side is None else side for side in shape[1:3])
     if height is None or width is None:
         raise ConversionError(f"model {name} takes images of any size", mend="say which with --input-size PIXELS")
+    if classes is not None and classes != scores[1]:
+        raise ConversionError(
+            f"model {name}",
+            expected=f"{classes} classes, as --classes or the lines of --labels say",
+            got=str(scores[1]),
+            mend="give the label file that belongs to this model",
+        )
     if input_size is not None and (height, width) != (input_size, input_size):
         raise ConversionError(f"--input-size {input_size}", expected=f"the model's own {width} x {height}, or none")
     fixed = keras.Input(batch_shape=(1, height, width, shape[3]), dtype=model.inputs[0].dtype)

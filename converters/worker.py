@@ -17,8 +17,8 @@ import msgspec
 import numpy as np
 
 from edgekit.converters import data
-from edgekit.errors import ConversionError, EdgekitError
-from edgekit.manifest import Calibration, ImageInput
+from edgekit.errors import EdgekitError
+from edgekit.manifest import Calibration, ImageInput, VerifiedOn
 from edgekit.preprocess import ImagePreprocessor
 
 # More images make no better ranges, and no truer figure.
@@ -48,7 +48,7 @@ class Result(msgspec.Struct, kw_only=True):
 
     input: ImageInput
     calibration: Calibration | None
-    data: str
+    data: VerifiedOn
     warnings: list[str]
 
 
@@ -101,13 +101,9 @@ def _convert(job: Job, tell: Any) -> Result:
         mean=job.mean,
         std=job.std,
     )
-    if job.labels and len(job.labels) != classifier.classes:
-        raise ConversionError(
-            "--labels",
-            expected=f"{classifier.classes} lines, one for each class of the model",
-            got=str(len(job.labels)),
-        )
     warnings = []
+    if job.model in models.MOBILENETS and job.weights == "none":
+        warnings.append(f"{job.model} without --weights has random ones: good for measuring speed, and nothing else")
     if classifier.assumed:
         warnings.append(
             "the model does not say how its pixels are normalized: "
@@ -157,7 +153,7 @@ def _convert(job: Job, tell: Any) -> Result:
 
     Path(folder, "model.tflite").write_bytes(recipes.convert(classifier.static, job.quantize, tensors))
 
-    which = "validation" if validation else "calibration" if calibration else "noise"
+    which: VerifiedOn = "validation" if validation else "calibration" if calibration else "noise"
     compared = validation or calibration or _noise(folder, preprocess)
     _keras_outputs(classifier, compared, preprocess, folder, tell)
     if compared.class_ids is not None:

@@ -12,6 +12,7 @@ SCHEMA: Literal["edgekit.bundle/1"] = "edgekit.bundle/1"
 
 Resize = Literal["bilinear", "area", "bicubic", "nearest"]
 Activation = Literal["softmax", "sigmoid", "none"]
+VerifiedOn = Literal["validation", "calibration", "noise"]
 
 
 class ImageInput(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +65,7 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
     proves only that it runs). Accuracies are None where the data has no labels.
     """
 
-    data: Literal["validation", "calibration", "noise"]
+    data: VerifiedOn
     count: int
     top1_agreement: float | None = None
     mean_abs_difference: float

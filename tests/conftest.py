@@ -20,6 +20,11 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 COLOURS = {"red": (230, 30, 30), "green": (30, 230, 30), "blue": (30, 30, 230)}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first: those that need TensorFlow last."""
+    items.sort(key=lambda item: item.get_closest_marker("host") is not None)
+
+
 def colour_image(label: str, size_wh: tuple[int, int] = (48, 32), seed: int = 0) -> np.ndarray:
     """A noisy RGB picture of one colour."""
     noise = np.random.default_rng(seed).integers(-25, 26, (size_wh[1], size_wh[0], 3))

@@ -204,8 +204,12 @@ def test_options_that_do_not_fit_are_refused(convert: Any, models: Path, tmp_pat
     with pytest.raises(EdgekitError, match="cannot write"):
         convert(tmp_path / "no" / "out.tflite")
     (tmp_path / "labels.txt").write_text("one\ntwo\n")
-    with pytest.raises(ConversionError, match="--labels: expected 3 lines, one for each class of the model, got 2"):
+    with pytest.raises(ConversionError, match="expected 2 classes, as --classes or the lines of --labels say, got 3"):
         convert(tmp_path / "out.tflite", labels=tmp_path / "labels.txt")
+    with pytest.raises(EdgekitError, match="expected 3 lines"):
+        convert(tmp_path / "out.tflite", labels=tmp_path / "labels.txt", classes=3)
+    with pytest.raises(ConversionError, match="expected mobilenet-v3-small or mobilenet-v3-large to load them into"):
+        convert(tmp_path / "out.tflite", weights="some.h5")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.txt"]
 
 
@@ -277,6 +281,16 @@ def test_runtime_that_crashes_is_told(convert: Any, tmp_path: Path, monkeypatch:
     checks = convert(tmp_path / "out.tflite", quantize="float32").runtimes
     assert (checks["litert"].status, checks["tflite-runtime"].status) == ("ok", "failed")
     assert "crashed (SIGSEGV)" in checks["tflite-runtime"].detail
+
+
+def test_runtime_that_hangs_is_told(convert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && echo 2.14.0 || exec sleep 100\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("EDGEKIT_TFLITE_RUNTIME_PYTHON", str(python))
+    monkeypatch.setattr("edgekit.converters.verify.STALL_TIMEOUT_S", 5.0)
+    checks = convert(tmp_path / "out.tflite", quantize="float32").runtimes
+    assert (checks["litert"].status, checks["tflite-runtime"].detail) == ("ok", "gave nothing for 5 s")
 
 
 def test_python_without_the_runtime_is_an_error(convert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
