@@ -299,13 +299,11 @@ def test_python_without_the_runtime_is_an_error(convert: Any, tmp_path: Path, mo
         convert(tmp_path / "out.tflite")
 
 
-class TestMobileNetWeights:
-    """A named model with weights from a file."""
-
-    @pytest.fixture(scope="class")
-    def files(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        folder = tmp_path_factory.mktemp("weights")
-        script = """
+@pytest.fixture(scope="module")
+def weight_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of a MobileNetV3-Small of three classes in each format, and of others."""
+    folder = tmp_path_factory.mktemp("weights")
+    script = """
 import keras
 keras.utils.set_random_seed(1)
 make = keras.applications.MobileNetV3Small
@@ -317,15 +315,19 @@ make(input_shape=(32, 32, 3), weights=None, classes=5).save_weights("five.weight
 make(input_shape=(32, 32, 3), weights=None, classes=5).save("five.h5")
 keras.applications.MobileNetV3Large(input_shape=(32, 32, 3), weights=None, classes=3).save_weights("large.weights.h5")
 """
-        subprocess.run([sys.executable, "-c", script], cwd=folder, check=True, capture_output=True)
-        (folder / "text.h5").write_text("no weights here")
-        return folder
+    subprocess.run([sys.executable, "-c", script], cwd=folder, check=True, capture_output=True)
+    (folder / "text.h5").write_text("no weights here")
+    return folder
 
-    def test_each_format_gives_the_same_model(self, convert: Any, files: Path, tmp_path: Path) -> None:
+
+class TestMobileNetWeights:
+    """A named model with weights from a file."""
+
+    def test_each_format_gives_the_same_model(self, convert: Any, weight_files: Path, tmp_path: Path) -> None:
         digests = set()
         for name in ("good.weights.h5", "good.keras", "good.h5"):
             of_bundle = convert(
-                tmp_path / "out.tflite", "mobilenet-v3-small", weights=str(files / name), input_size=32,
+                tmp_path / "out.tflite", "mobilenet-v3-small", weights=str(weight_files / name), input_size=32,
                 quantize="float32", mean=None, std=None, name="same",
             )  # fmt: skip
             assert of_bundle.verification.top1_agreement == 1.0 and of_bundle.input.mean == (127.5,)
@@ -343,10 +345,10 @@ keras.applications.MobileNetV3Large(input_shape=(32, 32, 3), weights=None, class
         ],
     )
     def test_weights_that_do_not_fit_name_the_layer(
-        self, convert: Any, files: Path, tmp_path: Path, name: str, complaint: str
+        self, convert: Any, weight_files: Path, tmp_path: Path, name: str, complaint: str
     ) -> None:
         with pytest.raises(ConversionError, match=complaint):
-            convert(tmp_path / "out.tflite", "mobilenet-v3-small", weights=str(files / name), input_size=32)
+            convert(tmp_path / "out.tflite", "mobilenet-v3-small", weights=str(weight_files / name), input_size=32)
 
     def test_imagenet_weights_without_a_network_say_where_to_put_them(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -63,6 +63,18 @@ def test_runtime_that_is_not_installed_is_an_error(models: Path) -> None:
         edgekit.load(models / "int8.tflite", runtime="other")
 
 
+def test_runtime_that_does_not_fit_numpy_is_an_error(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tflite-runtime with NumPy 2 imports and then fails at its first call."""
+    import importlib.metadata
+
+    version = importlib.metadata.version
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.4.6" if name == "numpy" else version(name))
+    monkeypatch.setitem(runtimes.RUNTIMES, "tflite-runtime", ("json", "pip"))  # one that imports
+    with pytest.raises(RuntimeMissingError, match=r"its wheel needs NumPy 1, got 2\.4\.6"):
+        edgekit.load(models / "int8.tflite", runtime="tflite-runtime")
+    assert "tflite-runtime" not in runtimes.installed()
+
+
 def test_delegate_that_is_not_supported_is_an_error(models: Path) -> None:
     with pytest.raises(BundleError, match="expected auto or cpu"):
         edgekit.load(models / "int8.tflite", delegate="quantum")
