@@ -48,12 +48,14 @@ class ImagePreprocessor:
         self._size_wh = tuple(input.size_wh)
         self._interpolation = _INTERPOLATION[input.resize]
         self.shape_nhwc = (1, input.size_wh[1], input.size_wh[0], input.channels)
-        pixels = np.arange(256.0)[:, None]
-        real = (pixels - np.asarray(input.mean)) / np.asarray(input.std)
-        table = real if dtype == "float32" else quantize(real, dtype, scale or 1.0, zero_point)
-        table = np.broadcast_to(table, (256, input.channels)).astype(dtype)
-        # cv2.LUT wants (1, 256, channels); int8 goes through it as the same bytes in uint8
+        pixels = np.arange(256)[:, None]
+        real = (pixels - np.asarray(input.mean)) / np.asarray(input.std)  # one column for all channels, or one for each
+        table = (real if dtype == "float32" else quantize(real, dtype, scale or 1.0, zero_point)).astype(dtype)
+        # cv2.LUT wants (1, 256, columns); int8 goes through it as the same bytes in uint8
         self._table = np.ascontiguousarray(table)[None].view(np.uint8 if dtype == "int8" else dtype)
+        # A quantized input that spans the pixels' own range is the pixel, or the pixel with its top bit flipped.
+        flips = np.unique(self._table[0] ^ pixels.astype(np.uint8)) if self._table.dtype == np.uint8 else pixels
+        self._flip = flips[0] if len(flips) == 1 else None
         self.dtype = dtype
 
     def resize(self, image: npt.NDArray[np.uint8], channel_order: ChannelOrder = "rgb") -> npt.NDArray[np.uint8]:
@@ -90,8 +92,8 @@ class ImagePreprocessor:
     def __call__(self, image: npt.NDArray[np.uint8], channel_order: ChannelOrder = "rgb") -> npt.NDArray[Any]:
         """``image`` -> the input tensor, shape (1, height, width, channels). Raises as :meth:`resize`."""
         small = self.resize(image, channel_order)
-        tensor: npt.NDArray[Any] = cv2.LUT(small, self._table).view(self.dtype).reshape(self.shape_nhwc)
-        return tensor
+        tensor: npt.NDArray[Any] = cv2.LUT(small, self._table) if self._flip is None else small ^ self._flip
+        return tensor.view(self.dtype).reshape(self.shape_nhwc)
 
 
 def quantize(real: npt.NDArray[Any], dtype: str, scale: float, zero_point: int) -> npt.NDArray[Any]:
