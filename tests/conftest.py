@@ -174,7 +174,20 @@ class Mosquitto:
 
     def subscribe(self, topic: str, *options: str) -> Callable[[], list[tuple[str, Any]]]:
         """Starts a ``mosquitto_sub``; the result waits for it to end and returns what it received, JSON decoded."""
-        command = ["mosquitto_sub", "-p", str(self.port), "-q", "1", "-t", topic, "-F", "%t\t%p", *options]
+        command = [
+            "mosquitto_sub",
+            "-h",
+            "127.0.0.1",
+            "-p",
+            str(self.port),
+            "-q",
+            "1",
+            "-t",
+            topic,
+            "-F",
+            "%t\t%p",
+            *options,
+        ]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self._subscribers.append(process)
         time.sleep(0.3)

@@ -23,7 +23,10 @@ PREDICTION = {
 
 def publish(broker: Any, topic: str, payload: object, *options: str) -> None:
     text = payload if isinstance(payload, str) else json.dumps(payload)
-    subprocess.run(["mosquitto_pub", "-p", str(broker.port), "-q", "1", "-t", topic, "-m", text, *options], check=True)
+    subprocess.run(
+        ["mosquitto_pub", "-h", "127.0.0.1", "-p", str(broker.port), "-q", "1", "-t", topic, "-m", text, *options],
+        check=True,
+    )
 
 
 def test_message_is_typed(broker: Any) -> None:
