@@ -12,6 +12,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from edgekit.bundle import LABELS_NAME, MANIFEST_NAME
+from edgekit.converters import rewrite
 from edgekit.manifest import ImageInput
 
 METADATA_NAME = "TFLITE_METADATA"
@@ -25,29 +26,14 @@ _UNKNOWN, _TENSOR_AXIS_LABELS = 0, 2  # AssociatedFileType
 
 def attach(content: bytes, input: ImageInput, *, name: str, version: str, labelled: bool) -> bytes:
     """``content``, a TFLite flatbuffer, with metadata that tells its input, its normalization and its packed files."""
-    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
-    for buffer in model.buffers:
-        if (
-            buffer.offset > 1
-        ):  # ai-edge-quantizer keeps the weights behind the flatbuffer, where packing would lose them
-            buffer.data = np.frombuffer(content, np.uint8, buffer.size, buffer.offset)
-            buffer.offset = buffer.size = 0
+    model = rewrite.load(content)
     buffer = schema.BufferT()
     buffer.data = np.frombuffer(_metadata(input, name, version, labelled), np.uint8)
     model.buffers.append(buffer)
     entry = schema.MetadataT()
     entry.name, entry.buffer = METADATA_NAME, len(model.buffers) - 1
     model.metadata = [old for old in model.metadata or [] if old.name != METADATA_NAME.encode()] + [entry]
-    builder = _Builder(len(content) + 4096)
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
-
-
-class _Builder(flatbuffers.Builder):  # type: ignore[misc]
-    """Aligns bytes to 16, as ``schema.fbs`` demands of buffers and the generated Python code does not."""
-
-    def StartVector(self, element_bytes: int, count: int, alignment: int) -> Any:
-        return super().StartVector(element_bytes, count, 16 if element_bytes == 1 else alignment)
+    return rewrite.save(model)
 
 
 def _metadata(input: ImageInput, name: str, version: str, labelled: bool) -> bytes:

@@ -89,7 +89,7 @@ def main() -> None:
 
 def _convert(job: Job, tell: Any) -> Result:
     tell(Event(stage="loading TensorFlow"))
-    from edgekit.converters import models, recipes
+    from edgekit.converters import models, recipes, rewrite
 
     tell(Event(stage="loading the model"))
     folder = Path(job.folder)
@@ -151,7 +151,8 @@ def _convert(job: Job, tell: Any) -> Result:
             yield tensor
             tell(Event(stage=stage, done=done, total=len(calibration.x)))
 
-    Path(folder, "model.tflite").write_bytes(recipes.convert(classifier.static, job.quantize, tensors))
+    content = recipes.convert(classifier.static, job.quantize, tensors)
+    Path(folder, "model.tflite").write_bytes(rewrite.rewrite(content) if job.quantize == "int8" else content)
 
     which: VerifiedOn = "validation" if validation else "calibration" if calibration else "noise"
     compared = validation or calibration or _noise(folder, preprocess)
