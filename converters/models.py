@@ -58,6 +58,11 @@ def open_model(
         )
     else:
         model = _load(name)
+    if not getattr(model, "inputs", None) or not getattr(model, "outputs", None):
+        raise ConversionError(
+            f"model {name} does not know the shape of its input",
+            mend="save it as a functional model, or after it was called once on data",
+        )
     if len(model.inputs) != 1 or len(model.outputs) != 1:
         raise ConversionError(
             f"model {name}",

@@ -128,7 +128,7 @@ class _Graph:
         return int(max(of_model.builtinCode, of_model.deprecatedBuiltinCode))
 
     def name(self, operator: Any) -> str:
-        return next(name for name, code in vars(_OPERATOR).items() if code == self.code(operator))
+        return str(next(name for name, code in vars(_OPERATOR).items() if code == self.code(operator)))
 
     def operators(self, name: str) -> Iterator[tuple[int, Any]]:
         for position, operator in enumerate(self.subgraph.operators):
