@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 import numpy as np
@@ -24,6 +25,8 @@ from edgekit.flatbuffer import Model
 from edgekit.manifest import Manifest
 
 logger = logging.getLogger(__name__)
+
+_ROOT = str(Path(bundle.__file__).parents[1])
 
 Recipe = Literal["float32", "float16", "int8-weights", "dynamic", "int8"]
 Progress = Callable[[str, int, int], None]
@@ -71,15 +74,27 @@ def convert(
         EdgekitError: the labels cannot be read, or ``output`` cannot be written.
     """
     output = Path(output)
-    if output.suffix != ".tflite":
-        raise ConversionError(f"output {output}", expected="a name that ends in .tflite")
+    if output.suffix != ".tflite" or output.is_dir():
+        raise ConversionError(
+            f"output {output}",
+            expected="a file whose name ends in .tflite",
+            got="a folder" if output.is_dir() else repr(output.name),
+            mend="give another path",
+        )
+    if quantize not in get_args(Recipe):
+        raise ConversionError(
+            f"quantize {quantize!r}", expected=" or ".join(get_args(Recipe)), mend="give one of these"
+        )
     if quantize == "int8" and not calibration:
         raise ConversionError(
             "int8 needs calibration data", mend="give --calibration a folder of 100 or more typical images"
         )
     for what, value in (("--input-size", input_size), ("--classes", classes)):
         if value is not None and value < 1:
-            raise ConversionError(what, expected="1 or more", got=str(value))
+            raise ConversionError(what, expected="1 or more", got=str(value), mend="give a whole number")
+    for what, number in (("--mean", mean), ("--std", std)):
+        if number is not None and (not math.isfinite(number) or (what == "--std" and number == 0)):
+            raise ConversionError(what, expected="a finite number, not 0 for std", got=str(number), mend="mend it")
     names = bundle.read_labels(labels, classes) if labels else ()
     with (
         bundle.replacing(output) as temporary,
@@ -110,20 +125,25 @@ def convert(
 def _work(job: Job, progress: Progress) -> Result:
     """Runs ``job`` in a child process."""
     stage = "starting"
+    try:
+        given = msgspec.json.encode(job)
+    except UnicodeEncodeError as error:
+        raise ConversionError("a path is not valid UTF-8", mend="rename the file") from error
     with (
         tempfile.TemporaryFile("w+", errors="replace") as log,
         subprocess.Popen(
-            [sys.executable, "-m", "edgekit.converters.worker"],
+            # not with -m, which would import what lies in the user's folder
+            [sys.executable, "-c", "import sys; sys.path.pop(0); from edgekit.converters.worker import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
             # the child must find the same edgekit, installed or in a checkout
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])},
         ) as child,
     ):
         try:
             assert child.stdin and child.stdout
-            child.stdin.write(msgspec.json.encode(job))
+            child.stdin.write(given)
             child.stdin.close()
             event = Event()
             for line in child.stdout:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,9 +99,7 @@ def load(
     preprocess = ImagePreprocessor(input)
     shape = (len(chosen), *preprocess.shape_nhwc[1:])
     floats = isinstance(items, np.ndarray) and items.dtype != np.uint8
-    x = np.lib.format.open_memmap(
-        folder / f"{what}.npy", mode="w+", dtype=np.float32 if floats else np.uint8, shape=shape
-    )
+    x = allocate(folder / f"{what}.npy", np.float32 if floats else np.uint8, shape)
     digest = hashlib.sha256()
     for number, index in enumerate(chosen):
         item = items[index]
@@ -112,12 +112,35 @@ def load(
     return Dataset(x, None if class_ids is None else class_ids[chosen], digest.hexdigest())
 
 
+def allocate(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """An array in a new ``.npy`` file. All of its room is taken now: a mapped file that finds none later ends the
+    process.
+
+    Raises:
+        ConversionError: there is not room enough.
+    """
+    try:
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except (OSError, TypeError) as error:  # NumPy raises TypeError where not even the header finds room
+        needed = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        raise ConversionError(
+            f"no room for {needed / 1e6:,.0f} MB in {path.parent.parent}",
+            mend="make room, or set TMPDIR to where there is",
+        ) from error
+    return array
+
+
 def _image(item: Path | npt.NDArray[np.uint8], where: str) -> tuple[npt.NDArray[np.uint8], Any]:
     """The image and its channel order."""
     if isinstance(item, np.ndarray):
         return item, "rgb"
-    content = np.fromfile(item, np.uint8)
-    image = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
+    try:
+        content = np.fromfile(item, np.uint8)
+        image = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
+    except (OSError, cv2.error):
+        image = None
     if image is None:
         raise ConversionError(f"{where}: {item} is not a readable image", mend="remove or replace it")
     return image, "bgr"
@@ -157,8 +180,8 @@ def _from_arrays(
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64] | None]:
     try:
         loaded = np.load(source, allow_pickle=False)
-        arrays = dict(loaded) if source.suffix == ".npz" else {"x": loaded}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        arrays = {"x": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ConversionError(f"{where} cannot be read ({error})", mend="write it with numpy.savez") from error
     if "x" not in arrays or (classes is not None and "y" not in arrays):
         raise ConversionError(
@@ -179,7 +202,9 @@ def _from_arrays(
             f"{where}: x", expected="uint8 images or float32 input tensors", got=str(x.dtype), mend="convert it"
         )
     if not fits:
-        raise ConversionError(f"{where}: x of {x.dtype}", expected=f"shape {expected}", got=str(x.shape))
+        raise ConversionError(
+            f"{where}: x of {x.dtype}", expected=f"shape {expected}", got=str(x.shape), mend="reshape it"
+        )
     if classes is None:
         return x, None
     y = arrays["y"]

@@ -68,13 +68,27 @@ def open_model(
             f"model {name}",
             expected="one input and one output",
             got=f"{len(model.inputs)} and {len(model.outputs)}",
-            mend="cut the model down to the one output that holds the class scores",
+            mend="give a model that maps one image to the scores of its classes",
         )
     shape, scores = tuple(model.inputs[0].shape), tuple(model.outputs[0].shape)
     if len(shape) != 4 or shape[3] not in (1, 3):
-        raise ConversionError(f"model {name}: input", expected="images (batch, height, width, 1 or 3)", got=str(shape))
+        raise ConversionError(
+            f"model {name}: input",
+            expected="images (batch, height, width, 1 or 3)",
+            got=str(shape),
+            mend="give an image classifier",
+        )
     if len(scores) != 2 or scores[1] is None:
-        raise ConversionError(f"model {name}: output", expected="scores (batch, classes)", got=str(scores))
+        raise ConversionError(
+            f"model {name}: output", expected="scores (batch, classes)", got=str(scores), mend="give a classifier"
+        )
+    if model.inputs[0].dtype not in ("float32", "float16", "bfloat16"):
+        raise ConversionError(
+            f"model {name}: input",
+            expected="type float32",
+            got=str(model.inputs[0].dtype),
+            mend="build the model on a float input; quantization makes it 8-bit",
+        )
     height, width = (input_size if side is None else side for side in shape[1:3])
     if height is None or width is None:
         raise ConversionError(f"model {name} takes images of any size", mend="say which with --input-size PIXELS")
@@ -86,7 +100,9 @@ def open_model(
             mend="give the label file that belongs to this model",
         )
     if input_size is not None and (height, width) != (input_size, input_size):
-        raise ConversionError(f"--input-size {input_size}", expected=f"the model's own {width} x {height}, or none")
+        raise ConversionError(
+            f"--input-size {input_size}", expected=f"the model's own {width} x {height}", mend="leave the option out"
+        )
     fixed = keras.Input(batch_shape=(1, height, width, shape[3]), dtype=model.inputs[0].dtype)
     own = _normalizes(model)
     return Classifier(
@@ -103,6 +119,10 @@ def open_model(
 
 def _mobilenet(name: str, weights: str, classes: int | None, input_size: int | None) -> Any:
     size = input_size or 224
+    if size < 32:
+        raise ConversionError(
+            f"--input-size {size}", expected="32 or more for a MobileNetV3", mend="give a larger size"
+        )
     if weights == "imagenet" and classes not in (None, IMAGENET_CLASSES):
         raise ConversionError(
             "--weights imagenet",
@@ -142,6 +162,7 @@ def _load(name: str) -> Any:
         raise ConversionError(
             f"model {name!r} does not exist",
             expected=f"{' or '.join(MOBILENETS)}, or the path of a .keras, .h5 or SavedModel",
+            mend="check the path",
         )
     try:
         if path.is_dir():
@@ -151,20 +172,27 @@ def _load(name: str) -> Any:
         raise
     except Exception as error:
         # Keras raises nearly every type of exception here, with a page of text.
-        reason = " ".join(str(error).split())[:200]
         raise ConversionError(
-            f"model {name} cannot be loaded ({type(error).__name__}: {reason})",
+            f"model {name} cannot be loaded ({type(error).__name__}: {_first_words(error)})",
             expected="a whole classifier saved as .keras, .h5 or SavedModel",
+            mend="save it again, made of Keras's own layers",
         ) from error
 
 
 def _saved_model(path: Path) -> Any:
     """The default signature of a SavedModel as a Keras model."""
     if not (path / "saved_model.pb").exists():
-        raise ConversionError(f"model {path}", expected="a SavedModel folder with saved_model.pb", got="none in it")
+        raise ConversionError(
+            f"model {path}", expected="a SavedModel folder with saved_model.pb", got="none in it", mend="give another"
+        )
     signatures = tf.saved_model.load(str(path)).signatures
     if "serving_default" not in signatures:
-        raise ConversionError(f"model {path}", expected="a signature serving_default", got=str(list(signatures)))
+        raise ConversionError(
+            f"model {path}",
+            expected="a signature serving_default",
+            got=str(list(signatures)),
+            mend="export it with one",
+        )
     signature = signatures["serving_default"]
     inputs = list(signature.structured_input_signature[1].values())
     outputs = signature.structured_outputs
@@ -223,8 +251,10 @@ def load_weights(model: Any, path: Path) -> None:
         except ConversionError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConversionError(f"weights {path} cannot be loaded ({type(error).__name__}: {reason})") from error
+            raise ConversionError(
+                f"weights {path} cannot be loaded ({type(error).__name__}: {_first_words(error)})",
+                mend="give a file that Keras's save_weights or save wrote",
+            ) from error
 
 
 Layout = list[tuple[str, list[tuple[int, ...]]]]
@@ -267,6 +297,11 @@ def _keras3_layout(path: Path) -> dict[str, tuple[str, list[tuple[int, ...]]]]:
     with h5py.File(path) as file:
         file.visititems(visit)
     return layout
+
+
+def _first_words(error: Exception) -> str:
+    words = " ".join(str(error).split())
+    return words if len(words) <= 200 else words[:200].rpartition(" ")[0] + " …"
 
 
 def _text(value: str | bytes) -> str:

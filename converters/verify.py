@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit import runtimes
-from edgekit.converters.data import Dataset
+from edgekit.converters.data import Dataset, allocate
 from edgekit.decode import NotFiniteError, scores
 from edgekit.errors import ConversionError
 from edgekit.flatbuffer import Model
@@ -59,11 +59,13 @@ def find_runtimes() -> list[Runtime]:
         for name, version in runtimes.installed().items()
     }
     if python := os.environ.get(PYTHON_VARIABLE):
-        ask = "import importlib.metadata as m; print(m.version('tflite-runtime'))"
+        ask = "import sys; sys.path.pop(0); import importlib.metadata as m; print(m.version('tflite-runtime'))"
         try:
             answer = subprocess.run([python, "-c", ask], capture_output=True, text=True, timeout=60)
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise ConversionError(f"{PYTHON_VARIABLE}={python} does not run ({error})") from error
+            raise ConversionError(
+                f"{PYTHON_VARIABLE}={python} does not run ({error})", mend="name a Python there, or unset it"
+            ) from error
         if answer.returncode:
             raise ConversionError(
                 f"{PYTHON_VARIABLE}={python} has no tflite-runtime", mend="install it there or unset it"
@@ -99,9 +101,7 @@ def verify(
     quantization = (given.scale[0], given.zero_point[0]) if given.scale else (0.0, 0)
     preprocess = ImagePreprocessor(input, given.dtype, *quantization)
     inputs = model_path.parent / "inputs.npy"
-    tensors = np.lib.format.open_memmap(
-        inputs, mode="w+", dtype=given.dtype, shape=(len(compared.x), *preprocess.shape_nhwc[1:])
-    )
+    tensors = allocate(inputs, given.dtype, (len(compared.x), *preprocess.shape_nhwc[1:]))
     for number, tensor in enumerate(compared.tensors(preprocess, *quantization)):
         tensors[number] = tensor[0]
     tensors.flush()

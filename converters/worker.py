@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,14 @@ def main() -> None:
         tell(Event(result=_convert(msgspec.json.decode(sys.stdin.buffer.read(), type=Job), tell)))
     except EdgekitError as error:
         tell(Event(error=str(error), traceback=traceback.format_exc()))
+    except ModuleNotFoundError as error:
+        line = f"convert needs the package {error.name}; pip install 'edgekit[convert]'"
+        tell(Event(error=line, traceback=traceback.format_exc()))
+    except OSError as error:
+        line = (
+            f"{error.strerror or error}: {error.filename or tempfile.gettempdir()}; make room or mend it, and try again"
+        )
+        tell(Event(error=line, traceback=traceback.format_exc()))
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         tell(

@@ -27,6 +27,10 @@ class Model:
     """
 
     def __init__(self, bundle: Bundle, *, delegate: str = "auto", threads: int = 1, runtime: str | None = None) -> None:
+        if not 1 <= threads <= 256:
+            raise BundleError(
+                "threads", expected="1 to 256", got=str(threads), mend="give as many as the device has cores"
+            )
         if delegate not in ("auto", "cpu"):
             raise BundleError(
                 f"delegate {delegate!r}", expected="auto or cpu", mend="other delegates are not supported yet"

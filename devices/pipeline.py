@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import threading
@@ -30,6 +31,7 @@ from edgekit.messages import (
     Versions,
     check_name,
     default_device_id,
+    printable,
     timestamp,
 )
 from edgekit.mqtt import parse_broker
@@ -71,11 +73,13 @@ class Settings:
         check_name(self.device_id, "device id")
         check_name(self.stream, "stream")
         if not 0 <= self.threshold <= 1:
-            raise EdgekitError("threshold", expected="a score from 0 to 1", got=str(self.threshold))
+            raise EdgekitError("threshold", expected="a score from 0 to 1", got=str(self.threshold), mend="give one")
         if self.top_k < 1:
-            raise EdgekitError("top-k", expected="1 or more", got=str(self.top_k))
-        if self.max_fps is not None and not self.max_fps > 0:
-            raise EdgekitError("max-fps", expected="more than 0", got=str(self.max_fps))
+            raise EdgekitError("top-k", expected="1 or more", got=str(self.top_k), mend="give how many classes to name")
+        if self.max_fps is not None and not 0.001 <= self.max_fps < math.inf:
+            raise EdgekitError(
+                "max-fps", expected="0.001 or more", got=str(self.max_fps), mend="leave it out to take every frame"
+            )
 
 
 class Pipeline:
@@ -84,7 +88,7 @@ class Pipeline:
     def __init__(self, model: Model, source: Source, settings: Settings) -> None:
         self.model, self.source, self.settings = model, source, settings
         self.boot_id = uuid.uuid4().hex[:12]
-        self.bundle_ref = BundleRef(model.bundle.name, model.bundle.version, model.bundle.file.sha256)
+        self.bundle_ref = BundleRef(printable(model.bundle.name), model.bundle.version, model.bundle.file.sha256)
         self._inferred = self._failed = 0
 
     @property
@@ -195,6 +199,7 @@ def run(
     max_fps: float | None = None,
     loop: bool = False,
     stop: threading.Event | None = None,
+    on_start: Callable[[], None] | None = None,
     on_prediction: Callable[[PredictionMessage], None] | None = None,
 ) -> Counts:
     """Streams ``source`` through ``bundle`` and publishes the predictions, to the end of the source.
@@ -215,6 +220,7 @@ def run(
         max_fps: take no more frames a second.
         loop: start a file source again at its end.
         stop: ends the run when set.
+        on_start: called when all is open, before the first frame.
         on_prediction: called with each prediction as well.
 
     Returns:
@@ -240,6 +246,8 @@ def run(
                 logger.info("%s is open; waiting up to %g s for a subscriber", address, SUBSCRIBER_TIMEOUT_S)
                 if not embedded.wait_for_subscriber(SUBSCRIBER_TIMEOUT_S, stop):
                     logger.warning("no subscriber came; going on without")
+        if on_start:
+            on_start()
         try:
             for message in pipeline:
                 for sink in sinks:

@@ -8,6 +8,7 @@ import time
 from types import TracebackType
 
 import paho.mqtt.client as paho
+from paho.mqtt.reasoncodes import ReasonCode
 
 from edgekit.errors import BrokerError
 from edgekit.messages import OFFLINE, ONLINE, InfoMessage, PredictionMessage, StateMessage, encode, topic
@@ -29,8 +30,8 @@ class Publisher:
     Leaving the ``with`` block waits until the broker has acknowledged every message.
 
     Raises:
-        BrokerError: the broker cannot be reached at the start, or stays away at the end; then it says how many messages
-            it has not acknowledged.
+        BrokerError: the broker cannot be reached at the start, or, at the end, has refused messages or not acknowledged
+            them; it says how many.
     """
 
     def __init__(self, address: BrokerAddress, info: InfoMessage, stream: str, stop: threading.Event) -> None:
@@ -45,6 +46,7 @@ class Publisher:
         # Message ids on their way and those acknowledged; an acknowledgement may come before publish has returned.
         self._sent: set[int] = set()
         self._acks: set[int] = set()
+        self._refused = 0
         self._last_ack_s = time.monotonic()
         self._class_id: int | None = -1
         self._state = b""
@@ -92,6 +94,11 @@ class Publisher:
             raise BrokerError(
                 f"broker {self._address} has not acknowledged {lost} messages", mend="check the broker and run again"
             )
+        if self._refused:
+            raise BrokerError(
+                f"broker {self._address} refused {self._refused} messages",
+                mend="check its access rules for this user and device id",
+            )
 
     def _flush(self) -> int:
         """Waits until all is acknowledged or the broker has been still for too long; how many are left."""
@@ -116,8 +123,12 @@ class Publisher:
         with self._acknowledged:
             self._sent.add(sent.mid)
 
-    def _acknowledge(self, mid: int) -> None:
+    def _acknowledge(self, mid: int, reason: ReasonCode) -> None:
         with self._acknowledged:
+            if reason.is_failure:  # MQTT 5 only: an older broker drops what it does not allow and says nothing
+                if not self._refused:
+                    logger.error("broker %s refuses what is published: %s", self._address, reason)
+                self._refused += 1
             self._acks.add(mid)
             self._last_ack_s = time.monotonic()
             self._acknowledged.notify_all()

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit.errors import SourceError
-from edgekit.messages import FileInput
+from edgekit.messages import FileInput, printable
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Source:
     """Iterates over frames until its end, or until ``stop`` is set; a context manager, as it may hold a device.
 
     Attributes:
-        name: what was asked for, without a user and password in it.
+        name: what was asked for, without what may be secret in a URL.
         captured: how many frames it has read.
         dropped: how many of them it gave to no one, because newer ones had come.
     """
@@ -96,7 +96,7 @@ class ImageSource(Source):
                 except (cv2.error, OSError) as cause:
                     error = f"{path} cannot be read ({' '.join(str(cause).split())})"
                 readable |= image is not None
-                yield Frame(image, FileInput(path.name, 0), "" if image is not None else error)
+                yield Frame(image, FileInput(printable(path.name), 0), "" if image is not None else error)
             if not readable:
                 raise SourceError(
                     f"source {self.name}: no readable image", mend="give PNG or JPEG files that are whole"
@@ -121,7 +121,7 @@ class VideoSource(Source):
                 ok, image = self._capture.read()
                 if not ok:
                     break
-                yield Frame(image, FileInput(self._path.name, number))
+                yield Frame(image, FileInput(printable(self._path.name), number))
                 number += 1
             if number == 0:
                 raise SourceError(f"source {self.name} has no frames", mend="give a video that OpenCV can decode")
@@ -201,29 +201,32 @@ def open_source(spec: str, *, loop: bool = False, stop: threading.Event | None =
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     kind, _, rest = spec.partition(":")
     if kind == "camera":
-        if not rest.isdecimal():
+        if not rest.isdecimal() or len(rest) > 3:
             raise SourceError(f"source {spec!r}", expected="camera:N with the camera's number", mend="try camera:0")
         return LiveSource(spec, stop, int(rest))
     if kind in ("rtsp", "rtsps", "http", "https") and rest.startswith("//"):
         return LiveSource(spec, stop, spec)
     path = Path(spec)
-    if path.is_dir():
+    if spec and path.is_dir():
         paths = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         if not paths:
             raise SourceError(
-                f"source {spec} holds no images", expected=f"files ending in {' '.join(sorted(IMAGE_SUFFIXES))}"
+                f"source {spec} holds no images",
+                expected=f"files ending in {' '.join(sorted(IMAGE_SUFFIXES))}",
+                mend="give another folder",
             )
         return ImageSource(spec, stop, paths, loop)
     if not path.is_file():
-        raise SourceError(f"source {spec!r} does not exist", expected=USAGE)
+        raise SourceError(f"source {public_name(spec)!r} does not exist", expected=USAGE, mend="check the path")
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return ImageSource(spec, stop, [path], loop)
     return VideoSource(spec, stop, path, loop)
 
 
 def public_name(spec: str) -> str:
-    """``spec`` without the user and password that a URL may hold."""
-    return re.sub(r"//[^/]*@", "//", spec)
+    """``spec`` as UTF-8 text, without the user, the password and the query that a URL may hold."""
+    name = printable(spec)
+    return re.sub(r"[?#].*", "", re.sub(r"//[^/]*@", "//", name)) if "://" in name else name
 
 
 def _open_capture(target: int | str, name: str) -> Any:

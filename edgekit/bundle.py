@@ -24,6 +24,11 @@ LABELS_NAME = "labels.txt"
 MANIFEST_NAME = "edgekit.json"
 
 
+# Beyond these a file is more likely damaged than meant.
+_MAX_SIDE_PX, _MAX_CLASSES = 16_384, 1_000_000
+_TYPES = ("float32", "uint8", "int8", "int16")
+
+
 @dataclass(frozen=True)
 class File:
     """A ``.tflite`` file that is whole, of whatever kind.
@@ -64,6 +69,8 @@ def read_file(path: str | os.PathLike[str]) -> File:
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise BundleError(f"bundle {path} is not a file", mend="give the path of a .tflite file")
         whole = path.read_bytes()
     except OSError as error:
         raise BundleError(f"bundle {path}: {error.strerror}", mend="give the path of a .tflite file") from error
@@ -139,6 +146,7 @@ def pack(content: bytes, of_bundle: Manifest, labels: tuple[str, ...]) -> bytes:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place when the block ends well, and is removed otherwise."""
+    path = path.resolve()  # the file behind a link, not the link
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
@@ -171,7 +179,8 @@ def read_labels(path: str | os.PathLike[str], classes: int | None = None) -> tup
 
 def _parse_labels(content: bytes, where: str, classes: int | None) -> tuple[str, ...]:
     try:
-        names = tuple(line.strip() for line in content.decode().rstrip().splitlines())
+        # with or without the mark that Windows puts first
+        names = tuple(line.strip() for line in content.decode("utf-8-sig").rstrip().splitlines())
     except UnicodeDecodeError as error:
         raise EdgekitError(f"labels {where}: not UTF-8 text", mend="give a text file with one label a line") from error
     if classes is not None and len(names) != classes:
@@ -181,6 +190,8 @@ def _parse_labels(content: bytes, where: str, classes: int | None) -> tuple[str,
             got=str(len(names)),
             mend="give the label file that belongs to this model",
         )
+    if not names:
+        raise EdgekitError(f"labels {where} is empty", mend="give a text file with one label a line")
     if empty := [i for i, name in enumerate(names, 1) if not name]:
         raise EdgekitError(f"labels {where}: line {empty[0]} is empty", mend="give every class a label")
     return names
@@ -217,7 +228,22 @@ def _check_classifier(model: flatbuffer.Model, path: Path) -> int:
             got=str(shape),
             mend="give an image classifier",
         )
-    if not scores or any(n != 1 for n in scores[:-1]):
+    for which, tensor in (("input", model.inputs[0]), ("output", model.outputs[0])):
+        if tensor.dtype not in _TYPES:
+            raise BundleError(
+                f"bundle {path}: {which}",
+                expected=f"type {' or '.join(_TYPES)}",
+                got=tensor.dtype,
+                mend="give an image classifier",
+            )
+    if model.inputs[0].dynamic or not all(0 < side <= _MAX_SIDE_PX for side in shape[1:3]):
+        raise BundleError(
+            f"bundle {path}: input",
+            expected=f"a fixed height and width up to {_MAX_SIDE_PX}",
+            got=f"{shape}{' (left open)' if model.inputs[0].dynamic else ''}",
+            mend="convert it again with the size fixed",
+        )
+    if not scores or any(n != 1 for n in scores[:-1]) or not 0 < scores[-1] <= _MAX_CLASSES:
         raise BundleError(
             f"bundle {path}: output",
             expected="one score per class, shape (1, classes)",

@@ -93,6 +93,7 @@ def convert(model: str, output: str, as_json: bool, **options: Any) -> None:
 
     MODEL is mobilenet-v3-small, mobilenet-v3-large, or the path of a classifier: .keras, .h5 or a SavedModel folder.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
     with _progress_bar() as progress:
         manifest = edgekit.convert(model, output, progress=progress, **options)
     import msgspec
@@ -168,7 +169,9 @@ def _progress_bar() -> Any:
 @click.option("--device-id", help="This device's name in the topics.  [default: the host's name]")
 @click.option("--stream", default="main", show_default=True, help="This stream's name in the topics.")
 @click.option("--delegate", type=click.Choice(["auto", "cpu"]), default="auto", show_default=True)
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of the CPU kernels.")
+@click.option(
+    "--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="Threads of the CPU kernels."
+)
 @click.option("--threshold", type=float, default=0.0, show_default=True, help="Leave out classes with a lower score.")
 @click.option("--top-k", type=int, default=3, show_default=True, help="Name so many classes at most.")
 @click.option("--max-fps", type=float, help="Take no more frames a second.")
@@ -179,13 +182,15 @@ def run(bundle: str, source: str, as_json: bool, **options: Any) -> None:
     """Stream SOURCE through BUNDLE, any classification .tflite, and publish what it sees."""
     from edgekit.messages import encode
 
-    stop = threading.Event()
+    stop, started = threading.Event(), threading.Event()
     interrupted = []
 
     def on_signal(number: int, _frame: object) -> None:
         interrupted.append(number)
         stop.set()
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        if not started.is_set():  # still opening or connecting: nothing is lost
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(0)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
@@ -198,7 +203,7 @@ def run(bundle: str, source: str, as_json: bool, **options: Any) -> None:
             if progress:
                 progress("frames", message.seq, 0)
 
-        edgekit.run(bundle, source, stop=stop, on_prediction=show, **options)
+        edgekit.run(bundle, source, stop=stop, on_start=started.set, on_prediction=show, **options)
     if signal.SIGINT in interrupted:
         raise KeyboardInterrupt
 
@@ -265,7 +270,7 @@ def inspect(bundle: str, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     manifest, how = found["manifest"] or {}, found["classifier"]
     facts = {
         "name": f"{manifest['name']} {manifest['version']}" if manifest else "no manifest: not converted by EdgeKit",

@@ -43,7 +43,9 @@ class EmbeddedBroker:
                 parts.hostname or "127.0.0.1", parts.port or 1883, protocols=(MQTTProtocolVersion.MQTTv311,)
             )
         except ValueError:
-            raise BrokerError(f"broker {url}", expected="embedded or embedded://host:port") from None
+            raise BrokerError(
+                f"broker {url}", expected="embedded or embedded://host:port", mend="give a number as the port"
+            ) from None
         # amqtt logs an error for each MQTT 5 client, which connects again with 3.1.1
         logging.getLogger("amqtt").setLevel(logging.CRITICAL)
         self._loop = asyncio.new_event_loop()

@@ -108,13 +108,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the graph. ``scale`` and ``zero_point`` are empty where it is not quantized."""
+    """A tensor of the graph. ``scale`` and ``zero_point`` are empty where it is not quantized; ``dynamic`` says that
+    another size than the batch is left open."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     scale: tuple[float, ...]
     zero_point: tuple[int, ...]
+    dynamic: bool = False
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,7 @@ class Model:
             dtype=TENSOR_TYPES[type_index] if 0 <= type_index < len(TENSOR_TYPES) else f"type {type_index}",
             scale=tuple(float(s) for s in scale),
             zero_point=tuple(int(z) for z in zero_point),
+            dynamic=any(int(n) < 0 for n in table.vector(7, np.int32)[1:]),
         )
 
     @cached_property

@@ -36,7 +36,8 @@ class Output(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
-    """The data that fixed the quantization ranges. ``digest`` is the SHA-256 of the input tensors in their order."""
+    """The data that fixed the quantization ranges. ``digest`` is the SHA-256 of the images at the model's size, or of
+    the float tensors given instead, one after the other."""
 
     count: int
     digest: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from datetime import datetime, timezone
@@ -138,6 +139,11 @@ def check_name(name: str, what: str) -> str:
 def default_device_id() -> str:
     """The host's name, made fit for a topic."""
     return re.sub(r"[^a-z0-9_-]+", "-", socket.gethostname().lower()).strip("-") or "device"
+
+
+def printable(name: str) -> str:
+    """``name`` of a file as UTF-8 text: a file's name may be any bytes, a payload may not."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def topic(device: str, *levels: str) -> str:

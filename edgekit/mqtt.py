@@ -53,12 +53,13 @@ def parse_broker(url: str) -> BrokerAddress:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        raise BrokerError("broker URL cannot be read", expected=_USAGE) from None
+        raise BrokerError("broker URL cannot be read", expected=_USAGE, mend="percent-encode odd characters") from None
     if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or parts.path.strip("/"):
         raise BrokerError(
             "broker URL",
             expected=_USAGE,
             got=f"scheme {parts.scheme!r}, host {parts.hostname!r}" + (", a path" if parts.path.strip("/") else ""),
+            mend="give scheme and host, and no more than a port",
         )
     tls = parts.scheme == "mqtts"
     return BrokerAddress(
@@ -77,7 +78,8 @@ def connect(
     will: tuple[str, str] | None = None,
     on_connect: Callable[[paho.Client], object] | None = None,
     on_message: Callable[[paho.MQTTMessage], None] | None = None,
-    on_publish: Callable[[int], None] | None = None,
+    on_publish: Callable[[int, ReasonCode], None] | None = None,
+    on_subscribe: Callable[[list[ReasonCode]], None] | None = None,
     timeout_s: float = 10.0,
     patience_s: float = 0.0,
 ) -> paho.Client:
@@ -87,7 +89,8 @@ def connect(
         will: topic and payload of a retained QoS 1 Last Will.
         on_connect: called after each connection, so after each reconnection too; subscribe and say ``online`` here.
         on_message: called for each message, in the network thread.
-        on_publish: called with the message id of each message that the broker has acknowledged, there too.
+        on_publish: called with the message id of each message that the broker has answered, and its answer, there too.
+        on_subscribe: called with the broker's answers to a subscription, one for each topic filter, there too.
         timeout_s: for the connection and for the broker's answer, each.
         patience_s: keep trying for so long while the broker cannot be reached.
 
@@ -107,7 +110,9 @@ def connect(
         if on_message:
             client.on_message = lambda _client, _userdata, message: on_message(message)
         if on_publish:
-            client.on_publish = lambda _client, _userdata, mid, _reason, _properties: on_publish(mid)
+            client.on_publish = lambda _client, _userdata, mid, reason, _properties: on_publish(mid, reason)
+        if on_subscribe:
+            client.on_subscribe = lambda _client, _userdata, _mid, reasons, _properties: on_subscribe(reasons)
         answer = _handshake(client, address, on_connect, timeout_s, patience_s)
         if answer is not None and not answer.is_failure:
             logger.info("connected to %s with %s", address, _NAMES[protocol])

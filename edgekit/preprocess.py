@@ -37,7 +37,11 @@ class ImagePreprocessor:
     def __init__(self, input: ImageInput, dtype: str = "float32", scale: float = 0.0, zero_point: int = 0) -> None:
         for name in ("mean", "std"):
             values = getattr(input, name)
-            if len(values) not in (1, input.channels) or not np.all(np.isfinite(values)) or 0 in input.std:
+            if (
+                len(values) not in (1, input.channels)
+                or not np.all(np.isfinite(values))
+                or (name == "std" and 0 in values)
+            ):
                 raise BundleError(
                     f"input {name}",
                     expected=f"1 or {input.channels} finite numbers, std not 0",
@@ -65,6 +69,7 @@ class ImagePreprocessor:
         Raises:
             EdgekitError: ``image`` has another shape or type.
         """
+        image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3)):
             raise EdgekitError(
                 "image",
@@ -73,7 +78,9 @@ class ImagePreprocessor:
                 mend="convert it to 8-bit RGB",
             )
         if 0 in image.shape:
-            raise EdgekitError("image", expected="at least one pixel", got=f"shape {image.shape}")
+            raise EdgekitError(
+                "image", expected="at least one pixel", got=f"shape {image.shape}", mend="leave out empty images"
+            )
         small: Any = image
         if image.shape[1::-1] != self._size_wh:
             small = cv2.resize(image, self._size_wh, interpolation=self._interpolation)

@@ -51,7 +51,7 @@ def load(name: str | None = None) -> tuple[str, ModuleType]:
     failures = []
     for candidate in candidates:
         if candidate not in RUNTIMES:
-            raise RuntimeMissingError(f"runtime {candidate}", expected=" or ".join(RUNTIMES))
+            raise RuntimeMissingError(f"runtime {candidate}", expected=" or ".join(RUNTIMES), mend="give one of these")
         try:
             module = importlib.import_module(RUNTIMES[candidate][0])
         except ImportError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import threading
 import time
 from collections.abc import Iterator
 from types import TracebackType
@@ -11,7 +12,10 @@ from typing import Literal
 
 import msgspec
 import paho.mqtt.client as paho
+from paho.mqtt.enums import MQTTProtocolVersion
+from paho.mqtt.reasoncodes import ReasonCode
 
+from edgekit.errors import BrokerError
 from edgekit.messages import PREFIX, PredictionMessage, check_name
 from edgekit.mqtt import connect, parse_broker, unique_client_id
 
@@ -63,7 +67,7 @@ class Subscriber:
         patience_s: keep trying for so long while the broker cannot be reached at the start.
 
     Raises:
-        BrokerError: the broker cannot be reached at the start.
+        BrokerError: the broker cannot be reached at the start, or refuses the subscription.
         EdgekitError: a name cannot be part of a topic.
     """
 
@@ -86,13 +90,38 @@ class Subscriber:
         ]
         self._last_seq: dict[tuple[str, str, str], int] = {}
         self._messages: queue.SimpleQueue[paho.MQTTMessage] = queue.SimpleQueue()
+        self._subscribed = threading.Event()
+        self._refusal = ""
         self._client = connect(
             parse_broker(broker),
             unique_client_id("subscriber"),
             on_connect=lambda client: client.subscribe([(topic_filter, 1) for topic_filter in self._filters]),
             on_message=self._messages.put,
+            on_subscribe=self._answered,
             patience_s=patience_s,
         )
+        try:
+            if group is not None and self._client.protocol != MQTTProtocolVersion.MQTTv5:
+                raise BrokerError(
+                    "a group needs shared subscriptions, which came with MQTT 5, and the broker speaks 3.1.1",
+                    mend="leave the group out, or use a broker that speaks MQTT 5",
+                )
+            self._subscribed.wait(10)
+            self._check()
+        except BaseException:
+            self.close()
+            raise
+
+    def _answered(self, reasons: list[ReasonCode]) -> None:
+        refused = [reason for reason in reasons if reason.is_failure]
+        self._refusal = str(refused[0]).lower() if refused else ""
+        self._subscribed.set()
+
+    def _check(self) -> None:
+        if self._refusal:
+            raise BrokerError(
+                f"broker refused the subscription: {self._refusal}", mend="check its access rules for this user"
+            )
 
     def next(self, timeout_s: float | None = None) -> Message:
         """The next message. One that is not EdgeKit's is skipped, with a warning.
@@ -107,12 +136,13 @@ class Subscriber:
             try:
                 received = self._messages.get(timeout=left_s)
             except queue.Empty:
+                self._check()
                 if deadline is not None and time.monotonic() >= deadline:
                     raise TimeoutError(f"no message within {timeout_s:g} s") from None
                 continue
             try:
                 return self._decode(received)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 logger.warning("message on %s skipped, it is not one of EdgeKit's: %s", received.topic, error)
 
     def __iter__(self) -> Iterator[Message]:

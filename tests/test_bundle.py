@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -104,13 +105,64 @@ def test_foreign_model_is_read_from_its_tensors_and_labels(vision_data: Path) ->
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
-    [("red\ngreen\n", "expected 3 lines.*got 2"), ("red\n\nblue\n", "line 2 is empty"), (b"\xff\xfe\0", "not UTF-8")],
+    [
+        ("red\ngreen\n", "expected 3 lines.*got 2"),
+        ("red\n\nblue\n", "line 2 is empty"),
+        (b"\xff\xfe\0", "not UTF-8"),
+    ],
 )
 def test_labels_that_do_not_fit_are_refused(models: Path, tmp_path: Path, text: Any, complaint: str) -> None:
     labels = tmp_path / "labels.txt"
     labels.write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(EdgekitError, match=complaint):
         bundle.read(models / "int8.tflite", labels)
+
+
+def test_labels_from_windows_are_read(tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_bytes(b"\xef\xbb\xbfred\r\ngr\xc3\xbcn\r\n")
+    assert bundle.read_labels(tmp_path / "labels.txt") == ("red", "grün")
+    (tmp_path / "labels.txt").write_bytes(b"\n\n")
+    with pytest.raises(EdgekitError, match="is empty"):
+        bundle.read_labels(tmp_path / "labels.txt")
+
+
+def altered_model(models: Path, tmp_path: Path, tensor: int, change: Any) -> Path:
+    """float32.tflite without manifest, with its input (0) or output (-1) tensor changed."""
+    schema = pytest.importorskip("ai_edge_litert.schema_py_generated")
+    flatbuffers = pytest.importorskip("flatbuffers")
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(bundle.read_file(models / "float32.tflite").content, 0))
+    graph = model.subgraphs[0]
+    change(graph.tensors[graph.inputs[0] if tensor == 0 else graph.outputs[0]])
+    model.metadata = []
+    builder = flatbuffers.Builder(1 << 16)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    path = tmp_path / "altered.tflite"
+    path.write_bytes(bytes(builder.Output()))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("tensor", "field", "value", "complaint"),
+    [
+        (0, "shapeSignature", [1, -1, -1, 3], "fixed height and width"),
+        (0, "shape", [1, 0, 32, 3], "fixed height and width"),
+        (0, "type", 4, "input: expected type float32"),
+        (-1, "type", 4, "output: expected type float32"),
+        (-1, "shape", [1, 2_000_000_000], "one score per class"),
+    ],
+)
+def test_foreign_model_that_cannot_be_served_is_refused(
+    models: Path, tmp_path: Path, tensor: int, field: str, value: Any, complaint: str
+) -> None:
+    path = altered_model(models, tmp_path, tensor, lambda of_model: setattr(of_model, field, value))
+    with pytest.raises(BundleError, match=complaint):
+        bundle.read(path)
+
+
+def test_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.tflite")
+    with pytest.raises(BundleError, match="is not a file"):
+        bundle.read(tmp_path / "pipe.tflite")
 
 
 def test_replacing_leaves_the_old_file_when_the_block_fails(tmp_path: Path) -> None:

@@ -58,6 +58,9 @@ from make_colours import build
 model = build()
 model.save("colours.h5")
 model.export("saved", verbose=False)
+given = keras.Input((32, 32, 3), dtype="uint8")
+keras.Model(given, model(keras.layers.Rescaling(1 / 255)(given))).save("uint8.keras")
+keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(3)]).save("unbuilt.keras")
 build(activation=None).save("logits.keras")
 build(channels=1).save("grey.keras")
 build(activation="sigmoid").save("tags.keras")
@@ -117,6 +120,8 @@ def test_size_left_open_is_asked_for(convert: Any, other_models: Path, tmp_path:
     [
         ("two.keras", "expected one input and one output, got 1 and 2"),
         ("map.keras", r"output: expected scores \(batch, classes\)"),
+        ("uint8.keras", "input: expected type float32, got uint8"),
+        ("unbuilt.keras", "does not know the shape of its input|cannot be loaded"),
         ("text.keras", "cannot be loaded"),
         ("nothing", "saved_model.pb"),
         ("missing.keras", "does not exist"),
@@ -201,6 +206,11 @@ def test_options_that_do_not_fit_are_refused(convert: Any, models: Path, tmp_pat
         convert(tmp_path / "out.tflite", quantize="int8")
     with pytest.raises(ConversionError, match=r"ends in \.tflite"):
         convert(tmp_path / "out.bin")
+    for options in ({"mean": float("nan")}, {"std": 0}, {"std": float("inf")}, {"quantize": "int4"}, {"input_size": 0}):
+        with pytest.raises(ConversionError, match="expected .* got|expected float32 or"):
+            convert(tmp_path / "out.tflite", **options)
+    with pytest.raises(ConversionError, match="32 or more for a MobileNetV3"):
+        convert(tmp_path / "out.tflite", "mobilenet-v3-small", input_size=8)
     with pytest.raises(EdgekitError, match="cannot write"):
         convert(tmp_path / "no" / "out.tflite")
     (tmp_path / "labels.txt").write_text("one\ntwo\n")
@@ -217,6 +227,55 @@ def test_without_data_it_says_that_nothing_is_proven(models: Path, edgekit_cli: 
     result = edgekit_cli("convert", models / "colours.keras", "-o", "out.tflite", "--quantize", "float32")
     assert result.returncode == 0 and "noise only" in result.stdout
     assert "does not say how its pixels are normalized" in result.stderr
+
+
+def test_module_in_the_users_folder_is_not_imported(models: Path, tmp_path: Path) -> None:
+    for name in ("random.py", "h5py.py", "data.py"):
+        (tmp_path / name).write_text("raise SystemExit('imported the wrong one')")
+    code = f"import edgekit; edgekit.convert({str(models / 'colours.keras')!r}, 'out.tflite')"
+    script = tmp_path / "elsewhere" / "script.py"
+    script.parent.mkdir()
+    script.write_text(code)
+    subprocess.run([sys.executable, script], cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "out.tflite").exists()
+
+
+def test_full_disk_for_temporary_files_is_an_error(models: Path, tmp_path: Path, edgekit_fails: Any) -> None:
+    """The room is taken before it is written to: a mapped file would end the process with SIGBUS."""
+    code = (
+        "import os, errno, pathlib, numpy as np\n"
+        "def full(*_): raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "os.posix_fallocate = full\n"
+        "from edgekit.converters.data import allocate\n"
+        "allocate(pathlib.Path('x/y.npy'), np.float32, (1000, 1000))"
+    )
+    (tmp_path / "x").mkdir()
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "no room for 4 MB" in result.stderr and "TMPDIR" in result.stderr
+    line = edgekit_fails(
+        "convert", models / "colours.keras", "-o", "o.tflite", env={**os.environ, "TMPDIR": "/nowhere"}
+    )
+    assert "o.tflite" in line or "nowhere" in line or "temporary" in line
+
+
+def test_termination_leaves_no_temporary_file(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgekit", "convert", str(models / "colours.keras"), "-o", "out.tflite"],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+    )  # fmt: skip
+    assert process.stderr
+    while "loading the model" not in process.stderr.readline():
+        pass
+    process.terminate()
+    assert process.wait(20) == 143
+    assert [path.name for path in tmp_path.rglob("*")] == ["tmp"]
+
+
+def test_output_behind_a_link_is_written_there(convert: Any, tmp_path: Path) -> None:
+    (tmp_path / "link.tflite").symlink_to(tmp_path / "real.tflite")
+    convert(tmp_path / "link.tflite", quantize="float32")
+    assert (tmp_path / "link.tflite").is_symlink() and (tmp_path / "real.tflite").stat().st_size > 1000
 
 
 def test_crash_of_the_converter_is_an_error_and_not_the_end(

@@ -80,6 +80,12 @@ def test_delegate_that_is_not_supported_is_an_error(models: Path) -> None:
         edgekit.load(models / "int8.tflite", delegate="quantum")
 
 
+@pytest.mark.parametrize("threads", [0, 100_000])
+def test_threads_out_of_range_are_an_error(models: Path, threads: int) -> None:
+    with pytest.raises(BundleError, match="threads: expected 1 to 256"):
+        edgekit.load(models / "int8.tflite", threads=threads)
+
+
 def test_image_that_does_not_fit_is_an_error(models: Path) -> None:
     with edgekit.load(models / "int8.tflite") as model, pytest.raises(EdgekitError, match="expected uint8"):
         model.predict(np.zeros((4, 4, 3)))  # type: ignore[arg-type]

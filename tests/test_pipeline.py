@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -172,6 +173,29 @@ def test_broker_that_stays_away_at_the_end_is_an_error_with_a_number(
     with pytest.raises(BrokerError, match=r"has not acknowledged [1-9]\d* messages"):
         edgekit.run(models / "int8.tflite", str(frames), broker=broker.url, device_id="pi", on_prediction=pause)
     assert len(seen) == 6
+
+
+def test_broker_that_refuses_what_is_published_is_an_error(
+    models: Path, frames: Path, mosquitto: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    rules = tmp_path_factory.mktemp("acl") / "acl"
+    rules.write_text("topic read edgekit/#\ntopic write edgekit/+/status\ntopic write edgekit/+/info\n")
+    rules.chmod(0o644)
+    broker = mosquitto("allow_anonymous true", f"acl_file {rules}", "user root")
+    with pytest.raises(BrokerError, match=r"refused 12 messages; check its access rules"):
+        edgekit.run(models / "int8.tflite", str(frames), broker=broker.url, device_id="pi")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_signal_is_heard_while_connecting(models: Path, frames: Path, tmp_path: Path, number: int, status: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"mqtt://127.0.0.1:{silent.getsockname()[1]}"
+        run = start_run(models / "int8.tflite", "--source", frames, "--broker", url, cwd=tmp_path)
+        peer, _ = silent.accept()
+        run.send_signal(number)
+        _, log = run.communicate(timeout=5)
+        peer.close()
+    assert run.returncode == status and "Traceback" not in log
 
 
 def test_slow_broker_costs_time_and_not_memory(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import http.server
+import os
 import shutil
 import threading
 import time
@@ -62,6 +63,8 @@ def test_loop_starts_again_until_it_is_stopped(kind: str, request: pytest.Fixtur
     [
         ("camera:x", "expected camera:N"),
         ("camera:77", "cannot be opened"),
+        ("camera:99999999999999999999", "expected camera:N"),
+        ("", "does not exist"),
         ("nowhere.mp4", "does not exist"),
         ("rtsp://ann:hunter2@127.0.0.1:1/x", "cannot be opened"),
         ("text.mp4", "cannot be opened"),
@@ -81,8 +84,25 @@ def test_source_that_cannot_be_used_is_an_error(
     assert "hunter2" not in str(caught.value)
 
 
-def test_public_name_leaves_out_credentials() -> None:
-    assert public_name("rtsp://ann:p@ss@cam/1") == "rtsp://cam/1" and public_name("camera:0") == "camera:0"
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("rtsp://ann:p@ss@cam/1", "rtsp://cam/1"),
+        ("http://cam/v?user=ann&pwd=p", "http://cam/v"),
+        ("camera:0", "camera:0"),
+        ("a folder?/x#1", "a folder?/x#1"),
+        ("\udcff.png", "\ufffd.png"),
+    ],
+)
+def test_public_name_leaves_out_secrets(spec: str, name: str) -> None:
+    assert public_name(spec) == name
+
+
+def test_file_name_that_is_not_utf8_is_told_as_near_as_can_be(frames: Path, tmp_path: Path) -> None:
+    shutil.copy(frames / "1-green.png", os.fsencode(tmp_path) + b"/\xff.png")
+    with open_source(str(tmp_path)) as source:
+        (frame,) = source
+    assert frame.image_bgr is not None and frame.input and frame.input.file == "\ufffd.png"
 
 
 @pytest.fixture

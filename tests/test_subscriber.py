@@ -7,8 +7,11 @@ from typing import Any
 
 import msgspec
 import pytest
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.reasoncodes import ReasonCode
 
 from edgekit import Subscriber
+from edgekit.embedded_broker import EmbeddedBroker
 from edgekit.errors import BrokerError, EdgekitError
 from edgekit.messages import PredictionMessage
 
@@ -60,7 +63,7 @@ def test_only_what_was_asked_for_arrives(broker: Any) -> None:
 def test_message_of_others_is_skipped_with_a_warning(broker: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     with Subscriber(broker.url) as subscriber:
-        for payload in ("not JSON", "[]", {**PREDICTION, "seq": "many"}):
+        for payload in ("not JSON", "[" * 100_000, {**PREDICTION, "seq": "many"}):
             publish(broker, "edgekit/pi/door/prediction", payload)
         publish(broker, "edgekit/pi/door/prediction", PREDICTION)
         assert subscriber.next(10).label == "macaw"
@@ -86,6 +89,21 @@ def test_group_shares_the_messages(broker: Any) -> None:
 def test_name_that_cannot_stand_in_a_topic_is_refused(names: Any) -> None:
     with pytest.raises(EdgekitError, match="expected a name of a-z"):
         Subscriber("mqtt://localhost", **names)
+
+
+def test_group_on_a_broker_without_mqtt_5_is_an_error(free_port: Any) -> None:
+    url = f"127.0.0.1:{free_port()}"
+    with EmbeddedBroker(f"embedded://{url}"), pytest.raises(BrokerError, match="MQTT 5"):
+        Subscriber(f"mqtt://{url}", group="g")
+
+
+def test_subscription_that_is_refused_is_an_error(mosquitto: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Mosquitto 2.0 accepts every subscription; the answer is put in its place here."""
+    broker = mosquitto()
+    with Subscriber(broker.url) as subscriber:
+        subscriber._answered([ReasonCode(PacketTypes.SUBACK, "Not authorized")])
+        with pytest.raises(BrokerError, match="refused the subscription: not authorized"):
+            subscriber.next(5)
 
 
 def test_unreachable_broker_is_an_error(free_port: Any) -> None:
