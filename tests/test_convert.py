@@ -207,7 +207,7 @@ def test_options_that_do_not_fit_are_refused(convert: Any, models: Path, tmp_pat
     with pytest.raises(ConversionError, match=r"ends in \.tflite"):
         convert(tmp_path / "out.bin")
     for options in ({"mean": float("nan")}, {"std": 0}, {"std": float("inf")}, {"quantize": "int4"}, {"input_size": 0}):
-        with pytest.raises(ConversionError, match="expected .* got|expected float32 or"):
+        with pytest.raises(ConversionError, match=r"expected .* got|expected float32 or"):
             convert(tmp_path / "out.tflite", **options)
     with pytest.raises(ConversionError, match="32 or more for a MobileNetV3"):
         convert(tmp_path / "out.tflite", "mobilenet-v3-small", input_size=8)
@@ -240,7 +240,7 @@ def test_module_in_the_users_folder_is_not_imported(models: Path, tmp_path: Path
     assert (tmp_path / "out.tflite").exists()
 
 
-def test_full_disk_for_temporary_files_is_an_error(models: Path, tmp_path: Path, edgekit_fails: Any) -> None:
+def test_full_disk_for_temporary_files_is_an_error(tmp_path: Path) -> None:
     """The room is taken before it is written to: a mapped file would end the process with SIGBUS."""
     code = (
         "import os, errno, pathlib, numpy as np\n"
@@ -252,10 +252,6 @@ def test_full_disk_for_temporary_files_is_an_error(models: Path, tmp_path: Path,
     (tmp_path / "x").mkdir()
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert "no room for 4 MB" in result.stderr and "TMPDIR" in result.stderr
-    line = edgekit_fails(
-        "convert", models / "colours.keras", "-o", "o.tflite", env={**os.environ, "TMPDIR": "/nowhere"}
-    )
-    assert "o.tflite" in line or "nowhere" in line or "temporary" in line
 
 
 def test_termination_leaves_no_temporary_file(models: Path, tmp_path: Path) -> None:
