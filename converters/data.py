@@ -112,7 +112,7 @@ def load(
     return Dataset(x, None if class_ids is None else class_ids[chosen], digest.hexdigest())
 
 
-def allocate(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+def allocate(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
     """An array in a new ``.npy`` file. All of its room is taken now: a mapped file that finds none later ends the
     process.
 
