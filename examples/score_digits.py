@@ -21,4 +21,6 @@ for line in sys.stdin:
     right += best["label"] == truth[frame]
     if frame % 20 == 0 or best["label"] != truth[frame]:
         print(f"{message['topic']}: frame {frame:3} is {best['label']} ({best['score']:.2f}), shows {truth[frame]}")
+if right < 0.9 * len(truth):
+    sys.exit(f"only {right} of {len(truth)} held-out frames named rightly: expected at least 90 %")
 print(f"{right} of {len(truth)} held-out frames named rightly ({right / len(truth):.1%})")
