@@ -60,4 +60,10 @@ if not (Path(__file__).parent / "devices").is_dir():
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    try:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        extra = "[convert]" if name == "convert" else ""
+        raise EdgekitError(
+            f"edgekit.{name} needs the package {error.name}", mend=f"pip install 'edgekit{extra}'"
+        ) from error

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -105,6 +106,13 @@ def test_run_of_a_model_that_fails_says_so_in_one_line(edgekit_fails: Any, visio
 def test_debug_shows_where_the_error_came_from(edgekit_cli: Any) -> None:
     result = edgekit_cli("inspect", "missing.tflite", "--debug")
     assert result.returncode == 1 and "Traceback" in result.stderr and "BundleError" in result.stderr
+
+
+def test_convert_without_its_packages_says_what_to_install(edgekit_fails: Any, models: Path) -> None:
+    if importlib.util.find_spec("tensorflow"):
+        pytest.skip("they are installed here")
+    line = edgekit_fails("convert", models / "colours.keras", "-o", "out.tflite")
+    assert "needs the package" in line and "pip install 'edgekit[convert]'" in line
 
 
 def test_listen_shows_lines_a_person_can_read(edgekit_cli: Any, models: Path, frames: Path, broker: Any) -> None:
