@@ -237,6 +237,7 @@ def listen(
         group=group,
         patience_s=patience_s,
     ) as subscriber:
+        logger.info("listening")
         seen = 0
         while count is None or seen < count:
             try:

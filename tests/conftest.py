@@ -69,6 +69,20 @@ def edgekit_fails(edgekit_cli: Any) -> Callable[..., str]:
     return fails
 
 
+def wait_until_listening(process: subprocess.Popen[str]) -> None:
+    """Reads the log of an ``edgekit listen`` until its subscription stands."""
+    assert process.stderr
+    for line in process.stderr:
+        if "listening" in line:
+            return
+    pytest.fail("edgekit listen ended")
+
+
+@pytest.fixture(scope="session")
+def until_listening() -> Callable[[subprocess.Popen[str]], None]:
+    return wait_until_listening
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with colours.keras and what ``edgekit convert`` makes of it: float32.tflite and int8.tflite.

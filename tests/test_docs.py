@@ -70,7 +70,13 @@ def listeners() -> Iterator[list[subprocess.Popen[str]]]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_of_the_page_run(
-    page: str, folder: Path, checkout: Path, environment: dict[str, str], broker: Any, listeners: list[Any]
+    page: str,
+    folder: Path,
+    checkout: Path,
+    environment: dict[str, str],
+    broker: Any,
+    listeners: list[Any],
+    until_listening: Any,
 ) -> None:
     """A listener is started before the others, and must have heard something if the page runs a model."""
     # the camera and the broker that the pages speak of are not here; a video and a broker are
@@ -88,11 +94,16 @@ def test_commands_of_the_page_run(
     for line in lines:
         if line.startswith("edgekit listen"):
             listening = subprocess.Popen(
-                f"exec {line}", shell=True, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+                f"exec {line}",
+                shell=True,
+                cwd=folder,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
             )
+            until_listening(listening)
             listeners.append(listening)
-    if listeners:
-        time.sleep(2)
     for line in lines:
         if not line.startswith("edgekit listen"):
             result = subprocess.run(line, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
@@ -123,7 +134,7 @@ def test_python_of_the_page_runs(page: str, folder: Path, environment: dict[str,
             [sys.executable, "-c", code], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         if "Subscriber" in block:
-            time.sleep(2)
+            time.sleep(4)  # let it subscribe
             command = f"edgekit run digits.tflite --source validation/7 --device-id pi-4 --broker {broker.url}"
             subprocess.run(command, shell=True, cwd=folder, env=environment, check=True, capture_output=True)
         output, errors = running.communicate(timeout=120)
