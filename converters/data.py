@@ -11,15 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.errors import ConversionError
+from edgekit.errors import ConversionError, EdgekitError
 from edgekit.manifest import ImageInput
-from edgekit.preprocess import ImagePreprocessor, quantize
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
+from edgekit.preprocess import IMAGE_SUFFIXES, ImagePreprocessor, quantize, read_image_bgr
 
 # Fewer leave int8 ranges to chance.
 FEW = 32
@@ -137,13 +134,9 @@ def _image(item: Path | npt.NDArray[np.uint8], where: str) -> tuple[npt.NDArray[
     if isinstance(item, np.ndarray):
         return item, "rgb"
     try:
-        content = np.fromfile(item, np.uint8)
-        image = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
-    except (OSError, cv2.error):
-        image = None
-    if image is None:
-        raise ConversionError(f"{where}: {item} is not a readable image", mend="remove or replace it")
-    return image, "bgr"
+        return read_image_bgr(item), "bgr"
+    except EdgekitError as error:
+        raise ConversionError(f"{where}: {error.what}", mend=error.mend) from error
 
 
 def _from_folder(

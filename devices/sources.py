@@ -18,13 +18,13 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.errors import SourceError
+from edgekit.errors import EdgekitError, SourceError
 from edgekit.messages import FileInput, printable
+from edgekit.preprocess import IMAGE_SUFFIXES, read_image_bgr
 
 logger = logging.getLogger(__name__)
 
 USAGE = "camera:N, rtsp://…, http://… (MJPEG), a video, an image or a folder of images"
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,12 @@ class ImageSource(Source):
         while True:
             readable = False
             for path in self._paths:
-                image, error = None, f"{path} is not a readable image"
                 try:
-                    image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
-                except (cv2.error, OSError) as cause:
-                    error = f"{path} cannot be read ({' '.join(str(cause).split())})"
+                    image, error = read_image_bgr(path), ""
+                except EdgekitError as unreadable:
+                    image, error = None, unreadable.what
                 readable |= image is not None
-                yield Frame(image, FileInput(printable(path.name), 0), "" if image is not None else error)
+                yield Frame(image, FileInput(printable(path.name), 0), error)
             if not readable:
                 raise SourceError(
                     f"source {self.name}: no readable image", mend="give PNG or JPEG files that are whole"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import cv2
@@ -19,6 +20,24 @@ _INTERPOLATION = {
 }
 
 ChannelOrder = Literal["rgb", "bgr"]
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
+
+
+def read_image_bgr(path: Path) -> npt.NDArray[np.uint8]:
+    """The image in a file, 8-bit (height, width, 3), in OpenCV's channel order and turned as its EXIF data says.
+
+    Raises:
+        EdgekitError: the file cannot be read or is no image.
+    """
+    image: npt.NDArray[np.uint8] | None
+    try:
+        image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+    except (cv2.error, OSError):  # OpenCV raises for an empty file
+        image = None
+    if image is None:
+        raise EdgekitError(f"{path} is not a readable image", mend="remove or replace it")
+    return image
 
 
 class ImagePreprocessor:
