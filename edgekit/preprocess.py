@@ -30,14 +30,13 @@ def read_image_bgr(path: Path) -> npt.NDArray[np.uint8]:
     Raises:
         EdgekitError: the file cannot be read or is no image.
     """
-    image: npt.NDArray[np.uint8] | None
     try:
         image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
     except (cv2.error, OSError):  # OpenCV raises for an empty file
         image = None
     if image is None:
         raise EdgekitError(f"{path} is not a readable image", mend="remove or replace it")
-    return image
+    return np.asarray(image)
 
 
 class ImagePreprocessor:
