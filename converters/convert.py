@@ -10,26 +10,37 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import msgspec
 import numpy as np
 
-from edgekit import bundle
-from edgekit.converters import metadata, verify
+from edgekit import bundle, sandbox
+from edgekit.converters import edgetpu, measure, metadata, metrics, targets, verify
+from edgekit.converters import report as reports
 from edgekit.converters.data import Dataset
-from edgekit.converters.worker import Event, Job, Result
+from edgekit.converters.targets import Choice
+from edgekit.converters.verify import Verified
+from edgekit.converters.worker import Event, Head, Job, Result
+from edgekit.coverage import Coverage
 from edgekit.errors import ConversionError
 from edgekit.flatbuffer import Model
-from edgekit.manifest import Manifest
+from edgekit.manifest import Manifest, Output
 
 logger = logging.getLogger(__name__)
 
 _ROOT = str(Path(bundle.__file__).parents[1])
 
-Recipe = Literal["float32", "float16", "int8-weights", "dynamic", "int8"]
+Recipe = Literal["auto", "float32", "float16", "int8-weights", "dynamic", "int8", "int16x8"]
+CALIBRATED = ("int8", "int16x8")
 Progress = Callable[[str, int, int], None]
+
+
+class TooMuchLostError(ConversionError):
+    """The bundle's accuracy is further below the Keras model's than ``max_drop`` allows."""
 
 
 def convert(
@@ -40,9 +51,16 @@ def convert(
     labels: str | os.PathLike[str] | None = None,
     calibration: str | os.PathLike[str] | None = None,
     validation: str | os.PathLike[str] | None = None,
-    quantize: Recipe = "int8-weights",
+    quantize: Recipe = "auto",
+    target: str | None = None,
+    max_drop: float | None = None,
+    report: str | os.PathLike[str] | None = None,
     input_size: int | None = None,
     classes: int | None = None,
+    alpha: float = 1.0,
+    minimalistic: bool = False,
+    dropout: float | None = None,
+    head: Head = "classes",
     mean: float | None = None,
     std: float | None = None,
     name: str | None = None,
@@ -57,10 +75,19 @@ def convert(
         weights: of a named model: ``none`` (random), ``imagenet``, or a ``.weights.h5``, ``.keras`` or ``.h5`` file.
         labels: a text file with one label a line.
         calibration: a folder of images, or an ``.npy`` or ``.npz`` (``x``), that fixes the int8 ranges.
-        validation: labelled data: a folder per class, or an ``.npz`` with ``x`` and ``y``.
-        quantize: the recipe.
-        input_size: side of the square input, px; for a named model (224) or one that leaves it open.
+        validation: labelled data: a folder per class, or an ``.npz`` with ``x`` and ``y``; ``y`` holds class numbers,
+            shape (n,), or for a model of several labels at once 0 or 1, shape (n, classes).
+        quantize: the recipe; ``auto`` chooses it by ``target``.
+        target: the device, a name in :data:`edgekit.converters.targets.TARGETS`. For ``coral`` the bundle is compiled
+            too, into ``NAME_edgetpu.tflite`` beside ``output``, where ``edgetpu_compiler`` is on the PATH.
+        max_drop: fail where the bundle's accuracy on the validation data (top-1; macro F1 for several labels at once)
+            is further below the Keras model's, as a share: 0.02 is two points. ``auto`` tries another recipe first.
+        report: a folder for ``report.html`` and ``report.json``.
+        input_size: side of the square input, px; for a named model (224, or 512 with the head ``attention``) or one
+            that leaves it open.
         classes: of a named model, where there are no labels.
+        alpha, minimalistic, dropout: of a named model, as :func:`keras.applications.MobileNetV3Small` has them.
+        head: of a named model: ``classes``, or ``attention``: channels gated by their global average, for defects.
         mean, std: a pixel x in 0..255 enters the model as ``(x - mean) / std``. By default 0 and 1 for a model that
             normalizes for itself, else 127.5 and 127.5.
         name, version: the bundle's; the name of ``output`` and ``1`` by default.
@@ -74,6 +101,76 @@ def convert(
         EdgekitError: the labels cannot be read, or ``output`` cannot be written.
     """
     output = Path(output)
+    _check(output, quantize, calibration is not None, target)
+    for what, value in (("--input-size", input_size), ("--classes", classes)):
+        if value is not None and value < 1:
+            raise ConversionError(what, expected="1 or more", got=str(value), mend="give a whole number")
+    for what, number in (("--mean", mean), ("--std", std)):
+        if number is not None and (not math.isfinite(number) or (what == "--std" and number == 0)):
+            raise ConversionError(what, expected="a finite number, not 0 for std", got=str(number), mend="mend it")
+    if max_drop is not None and not (0 <= max_drop <= 1 and validation):
+        raise ConversionError(
+            "--max-drop",
+            expected="a share from 0 to 1, and --validation to measure it on",
+            got=f"{max_drop:g}" if validation else "no --validation",
+            mend="give labelled data, and 0.02 for two points",
+        )
+    labels_given = bundle.read_labels(labels, classes) if labels else ()
+    job = Job(
+        folder="",
+        model=os.fspath(model),
+        weights=weights,
+        alpha=alpha,
+        minimalistic=minimalistic,
+        dropout=dropout,
+        head=head,
+        labels=labels_given,
+        calibration=os.fspath(calibration) if calibration else None,
+        validation=os.fspath(validation) if validation else None,
+        quantize="",
+        input_size=input_size,
+        classes=classes,
+        mean=mean,
+        std=std,
+        report=report is not None,
+    )
+    choices = [Choice(quantize, "")] if quantize != "auto" else targets.choose(target, calibration is not None)
+    with ExitStack() as stack:
+        temporary = stack.enter_context(bundle.replacing(output))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgekit-")))
+        for choice in choices:
+            if choice.reason:
+                logger.info("%s is chosen: %s", choice.recipe, choice.reason)
+            job = msgspec.structs.replace(job, quantize=choice.recipe, folder=str(folder / choice.recipe))
+            try:
+                converted = _convert(job, name or output.stem, version, max_drop, progress)
+                break
+            except TooMuchLostError as error:
+                if choice is choices[-1]:
+                    raise
+                logger.warning("%s", error)
+        of_bundle = Manifest(
+            name=name or output.stem,
+            version=version,
+            input=converted.result.input,
+            output=converted.output,
+            quantization=choice.recipe,
+            quantization_reason=choice.reason,
+            target=target or "",
+            calibration=converted.result.calibration,
+            runtimes=converted.verified.runtimes,
+            verification=converted.verified.verification,
+            sha256=hashlib.sha256(converted.content).hexdigest(),
+        )
+        compiled = _compile(converted.path, output, stack) if target == "coral" and choice.recipe == "int8" else None
+        if report is not None:
+            reports.write(Path(report), _report(converted, of_bundle, compiled, progress))
+        temporary.write_bytes(bundle.pack(converted.content, of_bundle, labels_given))
+        bundle.read(temporary)
+    return of_bundle
+
+
+def _check(output: Path, quantize: str, calibrated: bool, target: str | None) -> None:
     if output.suffix != ".tflite" or output.is_dir():
         raise ConversionError(
             f"output {output}",
@@ -85,41 +182,99 @@ def convert(
         raise ConversionError(
             f"quantize {quantize!r}", expected=" or ".join(get_args(Recipe)), mend="give one of these"
         )
-    if quantize == "int8" and not calibration:
+    if quantize in CALIBRATED and not calibrated:
         raise ConversionError(
-            "int8 needs calibration data", mend="give --calibration a folder of 100 or more typical images"
+            f"{quantize} needs calibration data", mend="give --calibration a folder of 100 or more typical images"
         )
-    for what, value in (("--input-size", input_size), ("--classes", classes)):
-        if value is not None and value < 1:
-            raise ConversionError(what, expected="1 or more", got=str(value), mend="give a whole number")
-    for what, number in (("--mean", mean), ("--std", std)):
-        if number is not None and (not math.isfinite(number) or (what == "--std" and number == 0)):
-            raise ConversionError(what, expected="a finite number, not 0 for std", got=str(number), mend="mend it")
-    names = bundle.read_labels(labels, classes) if labels else ()
-    with (
-        bundle.replacing(output) as temporary,
-        tempfile.TemporaryDirectory(prefix="edgekit-") as folder,
-    ):
-        job = Job(
-            folder=folder,
-            model=os.fspath(model),
-            weights=weights,
-            labels=names,
-            calibration=os.fspath(calibration) if calibration else None,
-            validation=os.fspath(validation) if validation else None,
-            quantize=quantize,
-            input_size=input_size,
-            classes=classes,
-            mean=mean,
-            std=std,
-        )
-        result = _work(job, progress)
-        for warning in result.warnings:
-            logger.warning("%s", warning)
-        of_bundle, content = _finish(Path(folder), result, quantize, name or output.stem, version, names, progress)
-        temporary.write_bytes(bundle.pack(content, of_bundle, names))
-        bundle.read(temporary)
-    return of_bundle
+    if target and quantize == "auto":
+        targets.find(target)
+    elif target and (caution := targets.caution(target, quantize)):
+        logger.warning("%s", caution)
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """A converted and verified model: its file, which has the metadata, and what is known of it."""
+
+    path: Path
+    content: bytes
+    job: Job
+    result: Result
+    labels: tuple[str, ...]
+    output: Output
+    verified: Verified
+
+
+def _convert(job: Job, name: str, version: str, max_drop: float | None, progress: Progress) -> _Converted:
+    """Converts as ``job`` says, and verifies the result."""
+    folder = Path(job.folder)
+    folder.mkdir()
+    result = _work(job, progress)
+    for warning in result.warnings:
+        logger.warning("%s", warning)
+    path = folder / "model.tflite"
+    content = metadata.attach(path.read_bytes(), result.input, name=name, version=version, labelled=bool(job.labels))
+    path.write_bytes(content)
+    output = bundle.guess_output(Model(content))
+    class_ids = folder / "class_ids.npy"
+    compared = Dataset(
+        np.load(folder / f"{result.data}.npy", mmap_mode="r"), np.load(class_ids) if class_ids.exists() else None, ""
+    )
+    labels = job.labels or tuple(f"class {number}" for number in range(result.classes))
+    verified = verify.verify(
+        path, result.input, output, compared, np.load(folder / "keras.npy"), result.data, labels, progress
+    )
+    for runtime, check in verified.runtimes.items():
+        if check.status in ("failed", "differs"):
+            logger.warning("%s %s: %s", runtime, check.status, check.detail)
+    if max_drop is not None and verified.keras_figures and verified.figures:
+        keras, kept = metrics.headline(verified.keras_figures), metrics.headline(verified.figures)
+        if keras - kept > max_drop + 1e-9:
+            what = "macro F1" if output.multi_label else "top-1"
+            raise TooMuchLostError(
+                f"{job.quantize} loses {100 * (keras - kept):.2f} points of {what}",
+                expected=f"at most {100 * max_drop:g}, as --max-drop says",
+                got=f"{keras:.2%} in Keras and {kept:.2%} in the bundle",
+                mend="try another --quantize, or more --calibration data like the validation data",
+            )
+    return _Converted(path, content, job, result, labels, output, verified)
+
+
+def _compile(model: Path, output: Path, stack: ExitStack) -> Coverage | None:
+    """Compiles ``model`` for the Edge TPU, to lie beside ``output`` when ``stack`` is left well."""
+    compiler = edgetpu.find()
+    if not compiler:
+        logger.warning(
+            "%s is not on the PATH: %s runs on the CPU until it is compiled, on x86-64 Debian, as %s_edgetpu.tflite",
+            edgetpu.COMPILER, output, output.stem,
+        )  # fmt: skip
+        return None
+    compiled, coverage = edgetpu.compile(compiler, model, model.parent)
+    beside = stack.enter_context(bundle.replacing(output.with_name(f"{output.stem}_edgetpu.tflite")))
+    beside.write_bytes(compiled.read_bytes())
+    logger.info("the Edge TPU takes %d of %d operators", coverage.delegated, coverage.operators)
+    return coverage
+
+
+def _report(
+    converted: _Converted, of_bundle: Manifest, compiled: Coverage | None, progress: Progress
+) -> reports.Report:
+    recipe, verified, result = converted.job.quantize, converted.verified, converted.result
+    models = {"float32": converted.path.with_name("float32.tflite"), recipe: converted.path}
+    latency, coverage = measure.measure(models, verified.runtimes, progress)
+    return reports.Report(
+        manifest=of_bundle,
+        data=result.data,
+        labels=converted.labels,
+        sizes_bytes={model: path.stat().st_size for model, path in models.items()},
+        keras=verified.keras_figures,
+        bundle=verified.figures,
+        layers=result.layers,
+        latency=latency,
+        coverage=(*coverage, *measure.predict(Model(converted.content), compiled)),
+        calibration=result.summary,
+        warnings=tuple(result.warnings),
+    )
 
 
 def _work(job: Job, progress: Progress) -> Result:
@@ -160,45 +315,6 @@ def _work(job: Job, progress: Progress) -> Result:
         raise ConversionError(event.error)
     if status or event.result is None:
         raise ConversionError(
-            f"the TensorFlow converter {verify.describe_exit(status)} while {stage}", mend="try another --quantize"
+            f"the TensorFlow converter {sandbox.describe_exit(status)} while {stage}", mend="try another --quantize"
         )
     return event.result
-
-
-def _finish(
-    folder: Path, result: Result, quantize: str, name: str, version: str, labels: tuple[str, ...], progress: Progress
-) -> tuple[Manifest, bytes]:
-    """Verifies the converted model; its manifest, and its flatbuffer with metadata."""
-    content = metadata.attach(
-        (folder / "model.tflite").read_bytes(), result.input, name=name, version=version, labelled=bool(labels)
-    )
-    (folder / "model.tflite").write_bytes(content)
-    output = bundle.guess_output(Model(content))
-    class_ids = folder / "class_ids.npy"
-    compared = Dataset(
-        np.load(folder / f"{result.data}.npy", mmap_mode="r"), np.load(class_ids) if class_ids.exists() else None, ""
-    )
-    runtimes, verification = verify.verify(
-        folder / "model.tflite",
-        result.input,
-        output,
-        compared,
-        np.load(folder / "keras.npy"),
-        result.data,
-        progress,
-    )
-    for runtime, check in runtimes.items():
-        if check.status in ("failed", "differs"):
-            logger.warning("%s %s: %s", runtime, check.status, check.detail)
-    of_bundle = Manifest(
-        name=name,
-        version=version,
-        input=result.input,
-        output=output,
-        quantization=quantize,
-        calibration=result.calibration,
-        runtimes=runtimes,
-        verification=verification,
-        sha256=hashlib.sha256(content).hexdigest(),
-    )
-    return of_bundle, content

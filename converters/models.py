@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
-import shutil
-import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import keras
+import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
+from edgekit.converters.weights import first_words, load_weights
 from edgekit.errors import ConversionError
 
 MOBILENETS: dict[str, Callable[..., Any]] = {
@@ -22,14 +22,32 @@ MOBILENETS: dict[str, Callable[..., Any]] = {
     "mobilenet-v3-large": keras.applications.MobileNetV3Large,
 }
 IMAGENET_CLASSES = 1000
+# Where nothing else is said: classes, and side of the input in px.
+DEFAULTS = {"classes": (IMAGENET_CLASSES, 224), "attention": (10, 512)}
+ATTENTION_UNITS = 32
+
+# Layers that change where pixels are and not what they are, and those that do nothing but in training.
+_MOVING = tuple(
+    getattr(keras.layers, name) for name in ("Resizing", "CenterCrop", "RandomCrop", "ZeroPadding2D", "Cropping2D")
+)
+_AUGMENTING = tuple(
+    getattr(keras.layers, name) for name in dir(keras.layers) if name.startswith("Random") and name != "RandomCrop"
+)
+
+# Largest difference of an output, relative to the largest output, that the order of the arithmetic makes, and that
+# pixels make which only one of two models rounds.
+_SAME, _ROUNDED = 1e-4, 1e-2
+
+Numbers = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Classifier:
     """A Keras model (batch, height, width, 1 or 3) -> (batch, classes), and how pixels become its input.
 
-    ``static`` is the same model with a batch of 1: XNNPACK refuses tensors of dynamic shape. ``assumed`` says that
-    ``mean`` and ``std`` are a guess.
+    ``model`` begins behind the layers that normalize pixels: ``mean`` and ``std`` (one number, or one a channel) stand
+    for them. ``static`` is the same model with a batch of 1: XNNPACK refuses tensors of dynamic shape. ``assumed`` says
+    that ``mean`` and ``std`` are a guess. ``warnings`` are for the user to read.
     """
 
     model: Any
@@ -40,24 +58,90 @@ class Classifier:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     assumed: bool
+    warnings: tuple[str, ...] = ()
 
 
 def open_model(
-    name: str, *, weights: str, classes: int | None, input_size: int | None, mean: float | None, std: float | None
+    name: str,
+    *,
+    weights: str,
+    classes: int | None,
+    input_size: int | None,
+    mean: float | None,
+    std: float | None,
+    alpha: float = 1.0,
+    minimalistic: bool = False,
+    dropout: float | None = None,
+    head: str = "classes",
 ) -> Classifier:
     """Builds the named model or loads the one at a path.
 
+    Args:
+        name: one of ``MOBILENETS``, or a path.
+        weights: of a named model: ``none``, ``imagenet`` or a file.
+        classes: how many; those of a loaded model are checked.
+        input_size: side of the square input, px; of a named model, or of one that leaves it open.
+        mean, std: a pixel x in 0..255 enters the model as ``(x - mean) / std``, before what the model itself does to
+            it. By default 0 and 1 for a model that normalizes for itself, else 127.5 and 127.5.
+        alpha: width multiplier of a named model.
+        minimalistic: a named model without squeeze-and-excite, hard-swish and 5 x 5 kernels.
+        dropout: rate before the last layer of a named model, 0.2 by default; it matters only to training.
+        head: of a named model: ``classes``, Keras's own (1000 classes at 224 x 224 by default), or ``attention``: the
+            last feature map, each of its channels weighed by a gate made of all their means (10 classes at 512 x 512).
+
     Raises:
-        ConversionError: the model or its weights do not fit.
+        ConversionError: the model, its weights or an option do not fit.
     """
+    options = {
+        f"--weights {weights}": weights != "none",
+        f"--alpha {alpha:g}": alpha != 1,
+        "--minimalistic": minimalistic,
+        f"--dropout {dropout}": dropout is not None,
+        f"--head {head}": head != "classes",
+    }
+    warnings: tuple[str, ...] = ()
     if name in MOBILENETS:
-        model = _mobilenet(name, weights, classes, input_size)
-    elif weights != "none":
-        raise ConversionError(
-            f"--weights {weights}", expected=f"{' or '.join(MOBILENETS)} to load them into", got=f"model {name}"
-        )
+        model, warnings = _named(name, weights, classes, input_size, float(alpha), minimalistic, dropout, head)
+    elif given := [option for option, is_given in options.items() if is_given]:
+        purpose = "load them into" if given[0].startswith("--weights") else "build"
+        raise ConversionError(given[0], expected=f"{' or '.join(MOBILENETS)} to {purpose}", got=f"model {name}")
     else:
         model = _load(name)
+    shape = _check(model, name, classes, input_size)
+    # A plain function of one tensor, in place of a Sequential, or of a model that takes and gives a dict.
+    model = keras.Model(model.inputs[0], model.outputs[0])
+    takes_pixels = model.inputs[0].dtype == "uint8"
+    if takes_pixels and (mean is not None or std is not None):
+        raise ConversionError(
+            f"model {name} takes uint8 pixels as they are",
+            expected="neither --mean nor --std",
+            got=f"{mean if mean is not None else std:g}",
+            mend="leave the option out",
+        )
+    own = takes_pixels or _normalizes(model)
+    scale, offset, model = _fold(model, shape)
+    if model.inputs[0].dtype == "uint8":
+        model, rounding = _on_float(model, shape, name)
+        warnings += rounding
+    # What the user asks for comes first: ((x - before) / per) * scale + offset, written as one (x - mean) / std.
+    before = mean if mean is not None else 0.0 if own else 127.5
+    per = std if std is not None else 1.0 if own else 127.5
+    fixed = keras.Input(batch_shape=(1, *shape), dtype=model.inputs[0].dtype)
+    return Classifier(
+        model=model,
+        static=keras.Model(fixed, model(fixed)),
+        size_wh=(shape[1], shape[0]),
+        channels=shape[2],
+        classes=model.outputs[0].shape[1],
+        mean=_numbers(before - offset * per / scale),
+        std=_numbers(per / scale),
+        assumed=not own and name not in MOBILENETS and (mean is None or std is None),
+        warnings=warnings,
+    )
+
+
+def _check(model: Any, name: str, classes: int | None, input_size: int | None) -> tuple[int, int, int]:
+    """Refuses what is no image classifier; height, width and channels of its input."""
     if not getattr(model, "inputs", None) or not getattr(model, "outputs", None):
         raise ConversionError(
             f"model {name} does not know the shape of its input",
@@ -82,10 +166,10 @@ def open_model(
         raise ConversionError(
             f"model {name}: output", expected="scores (batch, classes)", got=str(scores), mend="give a classifier"
         )
-    if model.inputs[0].dtype not in ("float32", "float16", "bfloat16"):
+    if model.inputs[0].dtype not in ("float32", "float16", "bfloat16", "uint8"):
         raise ConversionError(
             f"model {name}: input",
-            expected="type float32",
+            expected="type float32 or uint8",
             got=str(model.inputs[0].dtype),
             mend="build the model on a float input; quantization makes it 8-bit",
         )
@@ -103,57 +187,99 @@ def open_model(
         raise ConversionError(
             f"--input-size {input_size}", expected=f"the model's own {width} x {height}", mend="leave the option out"
         )
-    fixed = keras.Input(batch_shape=(1, height, width, shape[3]), dtype=model.inputs[0].dtype)
-    own = _normalizes(model)
-    return Classifier(
-        model=model,
-        static=keras.Model(fixed, model(fixed)),
-        size_wh=(width, height),
-        channels=shape[3],
-        classes=scores[1],
-        mean=(mean if mean is not None else 0.0 if own else 127.5,),
-        std=(std if std is not None else 1.0 if own else 127.5,),
-        assumed=not own and name not in MOBILENETS and (mean is None or std is None),
-    )
+    return height, width, shape[3]
 
 
-def _mobilenet(name: str, weights: str, classes: int | None, input_size: int | None) -> Any:
-    size = input_size or 224
+def _named(
+    name: str,
+    weights: str,
+    classes: int | None,
+    input_size: int | None,
+    alpha: float,
+    minimalistic: bool,
+    dropout: float | None,
+    head: str,
+) -> tuple[Any, tuple[str, ...]]:
+    """A model of ``MOBILENETS``, and what the user should know of it."""
+    if head not in DEFAULTS:
+        raise ConversionError(f"--head {head}", expected=" or ".join(DEFAULTS), mend="give one of these")
+    classes = classes or (None if head == "classes" else DEFAULTS[head][0])
+    size = input_size or DEFAULTS[head][1]
     if size < 32:
         raise ConversionError(
             f"--input-size {size}", expected="32 or more for a MobileNetV3", mend="give a larger size"
         )
-    if weights == "imagenet" and classes not in (None, IMAGENET_CLASSES):
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ConversionError(f"--alpha {alpha:g}", expected="a width multiplier above 0", mend="give 1 or 0.75")
+    rate = 0.2 if dropout is None else dropout
+    if not 0 <= rate < 1:
+        raise ConversionError(f"--dropout {rate:g}", expected="a rate from 0 to below 1", mend="leave the option out")
+    if weights == "imagenet":
+        _check_imagenet(classes if head == "classes" else None, alpha, minimalistic)
+
+    def build(initial: str | None) -> Any:
+        options = {"alpha": alpha, "minimalistic": minimalistic, "weights": initial, "include_preprocessing": False}
+        if head == "classes":
+            options |= {"classes": classes or IMAGENET_CLASSES, "dropout_rate": rate}
+        else:
+            options["include_top"] = False
+        model = MOBILENETS[name](input_shape=(size, size, 3), **options)
+        return model if head == "classes" else _attention(model, classes, rate)
+
+    if weights == "imagenet":
+        try:
+            model = build("imagenet")
+        except Exception as error:
+            # Keras raises a bare Exception for a failed download.
+            file = (
+                f"weights_mobilenet_v3_{name.rpartition('-')[2]}{'_minimalistic' * minimalistic}_224_{alpha}_float"
+                f"{'_no_top_v2' * (head != 'classes')}.h5"
+            )
+            home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
+            raise ConversionError(
+                f"the ImageNet weights of {name} cannot be had (no network?)",
+                mend=f"put Keras's file {file} into {home / 'models'}",
+            ) from error
+        random = f"the {head} head of {name} has random weights: train it on your images, and give its .keras file"
+        return model, (random,) * (head != "classes")
+    model = build(None)
+    return model, () if weights == "none" else load_weights(model, Path(weights))
+
+
+def _check_imagenet(classes: int | None, alpha: float, minimalistic: bool) -> None:
+    if classes not in (None, IMAGENET_CLASSES):
         raise ConversionError(
             "--weights imagenet",
             expected=f"{IMAGENET_CLASSES} classes",
             got=str(classes),
             mend="train the model on your classes and give its .keras file",
         )
-
-    def build(initial: str | None) -> Any:
-        return MOBILENETS[name](
-            input_shape=(size, size, 3),
-            weights=initial,
-            classes=classes or IMAGENET_CLASSES,
-            include_preprocessing=False,
+    if alpha not in ((1.0,) if minimalistic else (0.75, 1.0)):
+        raise ConversionError(
+            "--weights imagenet",
+            expected="--alpha 1 with --minimalistic" if minimalistic else "--alpha 0.75 or 1",
+            got=f"{alpha:g}",
+            mend="Keras has no other file: give one of your own with --weights",
         )
 
-    if weights == "imagenet":
-        try:
-            return build("imagenet")
-        except Exception as error:
-            # Keras raises a bare Exception for a failed download.
-            file = f"weights_mobilenet_v3_{name.rpartition('-')[2]}_224_1.0_float.h5"
-            home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
-            raise ConversionError(
-                f"the ImageNet weights of {name} cannot be had (no network?)",
-                mend=f"put Keras's file {file} into {home / 'models'}",
-            ) from error
-    model = build(None)
-    if weights != "none":
-        load_weights(model, Path(weights))
-    return model
+
+def _attention(backbone: Any, classes: int | None, dropout: float) -> Any:
+    """``backbone`` (batch, height, width, channels) with a gate on its channels, and a layer of classes.
+
+    The gate is squeeze-and-excitation (Hu et al., 2018): the mean of each channel over the image, through a layer of
+    ``ATTENTION_UNITS`` and one of all channels, to a factor in 0..1 for each channel.
+    """
+    layers, features = keras.layers, backbone.output
+    channels = features.shape[-1]
+    x = layers.GlobalAveragePooling2D(name="attention_pool")(features)
+    x = layers.Dense(ATTENTION_UNITS, activation="relu", name="attention_squeeze")(x)
+    x = layers.Dense(channels, activation="sigmoid", name="attention_excite")(x)
+    x = layers.Reshape((1, 1, channels), name="attention_broadcast")(x)
+    x = layers.Multiply(name="attention_gate")([features, x])
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
+    x = layers.Dropout(dropout, name="dropout")(x)
+    x = layers.Dense(classes, activation="softmax", name="predictions")(x)
+    return keras.Model(backbone.input, x, name=f"{backbone.name}_attention")
 
 
 def _load(name: str) -> Any:
@@ -173,7 +299,7 @@ def _load(name: str) -> Any:
     except Exception as error:
         # Keras raises nearly every type of exception here, with a page of text.
         raise ConversionError(
-            f"model {name} cannot be loaded ({type(error).__name__}: {_first_words(error)})",
+            f"model {name} cannot be loaded ({type(error).__name__}: {first_words(error)})",
             expected="a whole classifier saved as .keras, .h5 or SavedModel",
             mend="save it again, made of Keras's own layers",
         ) from error
@@ -205,126 +331,129 @@ def _saved_model(path: Path) -> Any:
     return keras.Model(given, result)
 
 
+def _fold(model: Any, shape: tuple[int, int, int]) -> tuple[Numbers, Numbers, Any]:
+    """``scale``, ``offset`` and the rest of ``model``, which does with ``pixels * scale + offset`` what ``model`` does
+    with pixels. Tried on noise: where it does not, ``model`` stays whole."""
+    scale, offset, rest = _behind_scaling(model, shape[2])
+    if rest is not None and rest is not model and _difference(model, rest, shape, scale, offset) < _SAME:
+        return scale, offset, rest
+    return np.ones(1), np.zeros(1), model
+
+
+def _behind_scaling(model: Any, channels: int) -> tuple[Numbers, Numbers, Any]:
+    """Takes the layers at the head of ``model`` off that do no more than ``x * scale + offset``: scale, offset, and a
+    model of the others, None where there are none."""
+    scale, offset = np.ones(1), np.zeros(1)
+    tensor, end = model.inputs[0], model.outputs[0]
+    while tensor is not end:
+        calls = _calls(model, tensor)
+        if len(calls) != 1 or len(calls[0].input_tensors) != 1 or len(calls[0].outputs) != 1:
+            break
+        layer, following = calls[0].operation, calls[0].outputs[0]
+        if nested := _functional(layer):
+            layer = nested
+            its_scale, its_offset, rest = _behind_scaling(nested, channels)
+        else:
+            its_scale, its_offset, rest = _scaling(layer, channels)
+        if rest is layer:
+            break
+        scale, offset = scale * its_scale, offset * its_scale + its_offset
+        if rest is not None:
+            given = keras.Input(batch_shape=rest.inputs[0].shape, dtype=rest.inputs[0].dtype)
+            x = rest(given)
+            return scale, offset, keras.Model(given, x if following is end else keras.Model(following, end)(x))
+        tensor = following
+    if tensor is end:
+        return scale, offset, None
+    return scale, offset, model if tensor is model.inputs[0] else keras.Model(tensor, end)
+
+
+def _scaling(layer: Any, channels: int) -> tuple[Numbers, Numbers, Any]:
+    """Scale and offset of ``layer``, each one number or one a channel, and None; or ``layer`` if it does more."""
+    scale, offset = np.ones(1), np.zeros(1)
+    if isinstance(layer, keras.layers.Rescaling):
+        scale, offset = np.asarray(layer.scale, float), np.asarray(layer.offset, float)
+    elif isinstance(layer, keras.layers.Normalization) and layer.mean is not None and not layer.invert:
+        mean, variance = np.asarray(layer.mean, float), np.asarray(layer.variance, float)
+        scale = 1 / np.maximum(np.sqrt(variance), keras.config.epsilon())
+        offset = -mean * scale
+    elif not isinstance(layer, _AUGMENTING):
+        return scale, offset, layer
+    with np.errstate(all="ignore"):  # (x - mean) / std must be able to say the same
+        undone = np.isfinite(1 / scale).all() and np.isfinite(offset / scale).all()
+    per_channel = all(n.size == 1 or (n.size == channels and n.shape[-1] == channels) for n in (scale, offset))
+    return (scale.ravel(), offset.ravel(), None) if undone and per_channel else (np.ones(1), np.zeros(1), layer)
+
+
 def _normalizes(model: Any) -> bool:
-    """Whether the model begins with a layer that normalizes pixels itself."""
-    for layer in model.layers[:4]:
-        if isinstance(layer, keras.layers.Rescaling | keras.layers.Normalization):
-            return True
-        if isinstance(layer, keras.Model):
-            return _normalizes(layer)
-        if not isinstance(layer, keras.layers.InputLayer):
-            return False
+    """Whether ``model`` scales its pixels, at once or behind layers that only move them."""
+    tensors = [model.inputs[0]]
+    for tensor in tensors:  # which grow in number
+        for call in _calls(model, tensor):
+            layer = call.operation
+            if isinstance(layer, keras.layers.Rescaling | keras.layers.Normalization):
+                return True
+            if (nested := _functional(layer)) and _normalizes(nested):
+                return True
+            if isinstance(layer, _MOVING + _AUGMENTING):
+                tensors += call.outputs
     return False
 
 
-def load_weights(model: Any, path: Path) -> None:
-    """Loads the weights in a ``.weights.h5``, ``.keras`` or older ``.h5`` file into ``model``, checked layer by layer.
+def _functional(layer: Any) -> Any:
+    """A model used as a layer, as a plain function of its first input; None for any other layer."""
+    if isinstance(layer, keras.Model) and getattr(layer, "inputs", None):
+        return keras.Model(layer.inputs[0], layer.outputs[0]) if len(layer.inputs) == len(layer.outputs) == 1 else None
+    return None
 
-    Raises:
-        ConversionError: they are not this model's; it says which layer, which shape, and which was expected.
-    """
-    if not path.is_file():
+
+def _calls(model: Any, tensor: Any) -> list[Any]:
+    """The calls of layers on ``tensor``. Keras has no public way to its graph."""
+    nodes = (node for level in model._nodes_by_depth.values() for node in level)
+    return [node for node in nodes if any(given is tensor for given in node.input_tensors)]
+
+
+def _on_float(model: Any, shape: tuple[int, int, int], name: str) -> tuple[Any, tuple[str, ...]]:
+    """The layers of ``model``, which takes uint8 pixels, on a float32 input: the converters quantize that. And what
+    the user should know of it."""
+    mend = "build the model on a float input; quantization makes it 8-bit"
+    try:
+        given = keras.Input(model.inputs[0].shape[1:], dtype="float32")
+        twin = keras.models.clone_model(model, input_tensors=given, clone_function=lambda layer: layer)
+        difference = _difference(model, twin, shape)
+    except Exception as error:
+        # whatever its layers raise on a type that they were not made for
         raise ConversionError(
-            f"weights {path} do not exist", expected="none, imagenet or a .weights.h5, .keras or .h5 file"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            file, legacy = _weights_file(path, Path(folder))
-            if legacy:
-                _check_weights(_legacy_layout(file), _model_layout(model), path)
-            else:
-                own = Path(folder, "own.weights.h5")
-                model.save_weights(own)
-                found, expected = _keras3_layout(file), _keras3_layout(own)
-                # By position in the file, which is by class of layer; named by the model's own layers.
-                names = {key: layer for key, (layer, _) in expected.items()}
-                order = {key: n for n, key in enumerate(expected)}
-                _check_weights(
-                    [
-                        (names.get(key, found[key][0]), found[key][1])
-                        for key in sorted(found, key=lambda k: order.get(k, len(order)))
-                    ],
-                    list(expected.values()),
-                    path,
-                )
-            model.load_weights(file)
-        except ConversionError:
-            raise
-        except Exception as error:
-            raise ConversionError(
-                f"weights {path} cannot be loaded ({type(error).__name__}: {_first_words(error)})",
-                mend="give a file that Keras's save_weights or save wrote",
-            ) from error
-
-
-Layout = list[tuple[str, list[tuple[int, ...]]]]
-
-
-def _weights_file(path: Path, folder: Path) -> tuple[Path, bool]:
-    """A copy with the suffix that Keras goes by, and whether it is of the older layout."""
-    copy = folder / "given.weights.h5"
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive, archive.open("model.weights.h5") as inner, copy.open("wb") as outer:
-            shutil.copyfileobj(inner, outer)
-    else:
-        shutil.copyfile(path, copy)
-    with h5py.File(copy) as file:
-        legacy = "layer_names" in file.attrs or "model_weights" in file
-    return (copy.rename(folder / "given.h5"), True) if legacy else (copy, False)
-
-
-def _legacy_layout(path: Path) -> Layout:
-    with h5py.File(path) as file:
-        root = file.get("model_weights", file)
-        layers = [_text(name) for name in root.attrs["layer_names"]]
-        layout = [(name, [root[name][_text(w)].shape for w in root[name].attrs["weight_names"]]) for name in layers]
-    return [(name, shapes) for name, shapes in layout if shapes]
-
-
-def _model_layout(model: Any) -> Layout:
-    return [(layer.name, [tuple(w.shape) for w in layer.weights]) for layer in model.layers if layer.weights]
-
-
-def _keras3_layout(path: Path) -> dict[str, tuple[str, list[tuple[int, ...]]]]:
-    """Path in the file -> layer's name and the shapes of its weights."""
-    layout: dict[str, tuple[str, list[tuple[int, ...]]]] = {}
-
-    def visit(key: str, item: Any) -> None:
-        if isinstance(item, h5py.Group) and key.endswith("/vars") and len(item):
-            shapes = [item[str(n)].shape for n in range(len(item))]
-            layout[key] = (_text(item.attrs.get("name", key)), shapes)
-
-    with h5py.File(path) as file:
-        file.visititems(visit)
-    return layout
-
-
-def _first_words(error: Exception) -> str:
-    words = " ".join(str(error).split())
-    return words if len(words) <= 200 else words[:200].rpartition(" ")[0] + " …"
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def _check_weights(found: Layout, expected: Layout, path: Path) -> None:
-    for (layer, shapes), (_, wanted) in zip(found, expected, strict=False):
-        if shapes != wanted:
-            raise ConversionError(
-                f"weights {path} do not fit: layer {layer}",
-                expected=_shapes(wanted),
-                got=_shapes(shapes),
-                mend="give weights of this model, and --labels or --classes and --input-size that go with them",
-            )
-    if len(found) != len(expected):
+            f"model {name} takes uint8 pixels only ({type(error).__name__}: {first_words(error)})", mend=mend
+        ) from error
+    if not difference < _ROUNDED:
         raise ConversionError(
-            f"weights {path} do not fit",
-            expected=f"{len(expected)} layers with weights",
-            got=str(len(found)),
-            mend="give weights of this model",
+            f"model {name} takes uint8 pixels",
+            expected="the same results from the same pixels as float32",
+            got=f"results that differ by {difference:.2g} of the largest",
+            mend=mend,
         )
+    if difference < _SAME:
+        return twin, ()
+    rounds = "the model rounds its uint8 pixels inside, the converted one does not"
+    return twin, (f"{rounds}: on noise, its results differ by {difference:.2g} of the largest",)
 
 
-def _shapes(shapes: list[tuple[int, ...]]) -> str:
-    return " ".join(str(shape) for shape in shapes)
+def _difference(
+    model: Any, other: Any, shape: tuple[int, int, int], scale: Numbers | float = 1.0, offset: Numbers | float = 0.0
+) -> float:
+    """The largest difference between what ``model`` makes of pixels and ``other`` of ``pixels * scale + offset``, in
+    parts of the largest result. NaN where either makes a NaN."""
+    random, worst = np.random.default_rng(0), []
+    for brightest in (255, 31):
+        pixels = random.integers(0, brightest + 1, (1, *shape))
+        ours = np.asarray(model(tf.cast(pixels, model.inputs[0].dtype), training=False))
+        theirs = np.asarray(other(tf.cast(pixels * scale + offset, other.inputs[0].dtype), training=False))
+        worst.append(np.max(np.abs(ours - theirs)) / max(np.max(np.abs(ours)), np.finfo(float).tiny))
+    return float(np.max(worst))
+
+
+def _numbers(values: Numbers) -> tuple[float, ...]:
+    """One number where all are the same; 127.5 rather than 127.49999999999999."""
+    numbers = tuple(float(f"{value:.12g}") for value in values)
+    return numbers[:1] if len(set(numbers)) == 1 else numbers

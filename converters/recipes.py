@@ -18,7 +18,7 @@ def convert(model: Any, recipe: str, calibration: Callable[[], Tensors] | None) 
     Args:
         model: a Keras model whose every shape is known.
         recipe: a name in ``RECIPES``.
-        calibration: gives the input tensors, each (1, ...); for ``int8``.
+        calibration: gives the input tensors, each (1, ...); for the recipes in ``CALIBRATED``.
     """
     return RECIPES[recipe](tf.lite.TFLiteConverter.from_keras_model(model), calibration)
 
@@ -47,14 +47,26 @@ def _dynamic(converter: Any, _: Any) -> bytes:
 
 
 def _int8(converter: Any, calibration: Callable[[], Tensors]) -> bytes:
+    return _calibrated(converter, calibration, tf.lite.OpsSet.TFLITE_BUILTINS_INT8, tf.int8)
+
+
+def _int16x8(converter: Any, calibration: Callable[[], Tensors]) -> bytes:
+    operators = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
+    # There is no 16-bit HARD_SWISH: what has no 16-bit form stays in float.
+    return _calibrated(converter, calibration, operators, tf.int16, tf.lite.OpsSet.TFLITE_BUILTINS)
+
+
+def _calibrated(
+    converter: Any, calibration: Callable[[], Tensors], operators: Any, activations: Any, *fallback: Any
+) -> bytes:
     def representative_dataset() -> Iterator[list[npt.NDArray[np.float32]]]:
         for tensor in calibration():
             yield [tensor]
 
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     converter.representative_dataset = representative_dataset
-    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
-    converter.inference_input_type = converter.inference_output_type = tf.int8
+    converter.target_spec.supported_ops = [operators, *fallback]
+    converter.inference_input_type = converter.inference_output_type = activations
     _per_tensor_dense(converter)
     return bytes(converter.convert())
 
@@ -70,4 +82,6 @@ RECIPES: dict[str, Callable[[Any, Any], bytes]] = {
     "int8-weights": _int8_weights,
     "dynamic": _dynamic,
     "int8": _int8,
+    "int16x8": _int16x8,
 }
+CALIBRATED = ("int8", "int16x8")

@@ -7,17 +7,20 @@ line on standard output, and its results into the job's folder.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 
 from edgekit.converters import data
+from edgekit.converters.report import CalibrationSummary, Layer
 from edgekit.errors import EdgekitError
 from edgekit.manifest import Calibration, ImageInput, VerifiedOn
 from edgekit.preprocess import ImagePreprocessor
@@ -26,6 +29,8 @@ from edgekit.preprocess import ImagePreprocessor
 MAX_CALIBRATION, MAX_VALIDATION, NOISE_FRAMES = 500, 5000, 16
 BATCH = 32
 
+Head = Literal["classes", "attention"]
+
 
 class Job(msgspec.Struct, kw_only=True):
     """What to convert; see :func:`edgekit.convert`. ``folder`` is where to write."""
@@ -33,6 +38,10 @@ class Job(msgspec.Struct, kw_only=True):
     folder: str
     model: str
     weights: str
+    alpha: float
+    minimalistic: bool
+    dropout: float | None
+    head: Head
     labels: tuple[str, ...]
     calibration: str | None
     validation: str | None
@@ -41,14 +50,19 @@ class Job(msgspec.Struct, kw_only=True):
     classes: int | None
     mean: float | None
     std: float | None
+    report: bool
 
 
 class Result(msgspec.Struct, kw_only=True):
     """What was converted: ``model.tflite``, and for the comparison ``<data>.npy`` (images or tensors), ``keras.npy``
-    (the Keras model's outputs on them) and, where labelled, ``class_ids.npy``."""
+    (the Keras model's outputs on them) and, where labelled, ``class_ids.npy``. For a report, ``float32.tflite`` and
+    ``layers``."""
 
     input: ImageInput
+    classes: int
     calibration: Calibration | None
+    summary: CalibrationSummary | None
+    layers: tuple[Layer, ...]
     data: VerifiedOn
     warnings: list[str]
 
@@ -86,19 +100,27 @@ def main() -> None:
         )
         tell(Event(error=line, traceback=traceback.format_exc()))
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        tell(
-            Event(
-                error=f"TensorFlow cannot convert the model ({type(error).__name__}: {reason}); "
-                "try another --quantize, or --debug for the whole story",
-                traceback=traceback.format_exc(),
-            )
+        tell(Event(error=_unforeseen(error), traceback=traceback.format_exc()))
+
+
+def _unforeseen(error: Exception) -> str:
+    """A line for an error of TensorFlow's."""
+    foreign = re.findall(r"(?:TF Select|Custom) ops: ([\w, ]+)", str(error))
+    if foreign:
+        return (
+            f"the model has operators that no TFLite runtime has: {', '.join(dict.fromkeys(foreign))}; "
+            "build it of layers that TFLite knows"
         )
+    reason = " ".join(str(error).split())[:300]
+    return (
+        f"TensorFlow cannot convert the model ({type(error).__name__}: {reason}); "
+        "try another --quantize, or --debug for the whole story"
+    )
 
 
 def _convert(job: Job, tell: Any) -> Result:
     tell(Event(stage="loading TensorFlow"))
-    from edgekit.converters import models, recipes, rewrite
+    from edgekit.converters import layers, models, recipes, rewrite
 
     tell(Event(stage="loading the model"))
     folder = Path(job.folder)
@@ -107,10 +129,14 @@ def _convert(job: Job, tell: Any) -> Result:
         weights=job.weights,
         classes=job.classes or len(job.labels) or None,
         input_size=job.input_size,
+        alpha=job.alpha,
+        minimalistic=job.minimalistic,
+        dropout=job.dropout,
+        head=job.head,
         mean=job.mean,
         std=job.std,
     )
-    warnings = []
+    warnings = [*classifier.warnings]
     if job.model in models.MOBILENETS and job.weights == "none":
         warnings.append(f"{job.model} without --weights has random ones: good for measuring speed, and nothing else")
     if classifier.assumed:
@@ -125,6 +151,9 @@ def _convert(job: Job, tell: Any) -> Result:
         std=classifier.std,
     )
 
+    preprocess = ImagePreprocessor(input)
+    multi_label = _multi_label(classifier, preprocess)
+
     def load(what: str, path: str, limit: int, classes: int | None) -> data.Dataset:
         return data.load(
             path,
@@ -133,6 +162,7 @@ def _convert(job: Job, tell: Any) -> Result:
             folder,
             limit=limit,
             classes=classes,
+            multi_label=multi_label,
             labels=job.labels,
             progress=lambda done, total: tell(Event(stage=f"reading {what} data", done=done, total=total)),
         )
@@ -144,10 +174,11 @@ def _convert(job: Job, tell: Any) -> Result:
         warnings.append(
             f"{len(calibration.x)} calibration images are few: {data.FEW} or more give steadier int8 ranges"
         )
+    if calibration and (doubt := data.suspicion(calibration.x)):
+        warnings.append(doubt)
 
     stage = f"quantizing to {job.quantize}"
     tell(Event(stage=stage))
-    preprocess = ImagePreprocessor(input)
 
     def tensors() -> Iterator[Any]:
         assert calibration is not None
@@ -168,14 +199,48 @@ def _convert(job: Job, tell: Any) -> Result:
     _keras_outputs(classifier, compared, preprocess, folder, tell)
     if compared.class_ids is not None:
         np.save(folder / "class_ids.npy", compared.class_ids)
+    used = calibration if job.quantize in recipes.CALIBRATED else None
+    of_layers: tuple[Layer, ...] = ()
+    if job.report:
+        float32 = content if job.quantize == "float32" else recipes.convert(classifier.static, "float32", None)
+        Path(folder, "float32.tflite").write_bytes(float32)
+        tell(Event(stage="comparing the layers"))
+        if job.quantize != "float32":
+            of_layers = layers.compare(float32, content, islice(compared.tensors(preprocess), layers.MAX_FRAMES))
     return Result(
         input=input,
-        calibration=Calibration(count=len(calibration.x), digest=calibration.digest)
-        if calibration and job.quantize == "int8"
-        else None,
+        classes=classifier.classes,
+        calibration=Calibration(count=len(used.x), digest=used.digest) if used else None,
+        summary=_summary(used, preprocess) if used and job.report else None,
+        layers=of_layers,
         data=which,
         warnings=warnings,
     )
+
+
+def _summary(calibration: data.Dataset, preprocess: ImagePreprocessor) -> CalibrationSummary:
+    count, total, squares, low, high = 0, 0.0, 0.0, np.inf, -np.inf
+    for tensor in calibration.tensors(preprocess):
+        count, total = count + tensor.size, total + float(tensor.sum(dtype=np.float64))
+        squares += float(np.square(tensor, dtype=np.float64).sum())
+        low, high = min(low, float(tensor.min())), max(high, float(tensor.max()))
+    mean = total / count
+    return CalibrationSummary(
+        count=len(calibration.x),
+        digest=calibration.digest,
+        minimum=low,
+        maximum=high,
+        mean=mean,
+        std=max(squares / count - mean**2, 0.0) ** 0.5,
+    )
+
+
+def _multi_label(classifier: Any, preprocess: ImagePreprocessor) -> bool:
+    """Whether each class has a score of its own: they lie in 0..1 and do not add up to 1. A SavedModel does not tell
+    its last activation otherwise."""
+    frames = np.random.default_rng(0).integers(0, 256, (2, *preprocess.shape_nhwc[1:]), np.uint8)
+    scores = np.concatenate([np.asarray(classifier.static(preprocess(frame), training=False)) for frame in frames])
+    return bool((scores >= 0).all() and (scores <= 1).all() and (np.abs(scores.sum(1) - 1) > 1e-2).any())
 
 
 def _noise(folder: Path, preprocess: ImagePreprocessor) -> data.Dataset:

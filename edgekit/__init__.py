@@ -18,6 +18,7 @@ from edgekit.errors import (
 if TYPE_CHECKING:
     from edgekit.converters.convert import convert
     from edgekit.decode import Prediction
+    from edgekit.devices.bench import bench
     from edgekit.devices.interpreter import load
     from edgekit.devices.pipeline import run, stream
     from edgekit.inspection import inspect
@@ -34,6 +35,7 @@ __all__ = [
     "RuntimeMissingError",
     "SourceError",
     "Subscriber",
+    "bench",
     "convert",
     "inspect",
     "load",
@@ -45,6 +47,7 @@ __all__ = [
 _LAZY = {
     "Prediction": "edgekit.decode",
     "Subscriber": "edgekit.subscriber",
+    "bench": "edgekit.devices.bench",
     "convert": "edgekit.converters.convert",
     "inspect": "edgekit.inspection",
     "load": "edgekit.devices.interpreter",

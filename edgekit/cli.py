@@ -1,5 +1,5 @@
-"""The command line: a thin face of :func:`edgekit.convert`, :func:`edgekit.run`, :class:`edgekit.Subscriber` and
-:func:`edgekit.inspect`."""
+"""The command line: a thin face of :func:`edgekit.convert`, :func:`edgekit.run`, :class:`edgekit.Subscriber`,
+:func:`edgekit.inspect` and :func:`edgekit.bench`."""
 
 from __future__ import annotations
 
@@ -74,13 +74,33 @@ def cli() -> None:
 )
 @click.option(
     "--quantize",
-    type=click.Choice(["float32", "float16", "int8-weights", "dynamic", "int8"]),
-    default="int8-weights",
+    type=click.Choice(["auto", "float32", "float16", "int8-weights", "dynamic", "int8", "int16x8"]),
+    default="auto",
     show_default=True,
-    help="The recipe; int8 needs --calibration.",
+    help="The recipe; int8 and int16x8 need --calibration, auto goes by --target.",
 )
+@click.option(
+    "--target", metavar="TARGET", help="The device: raspberry-pi-3|4|5, jetson-nano|orin, coral, x86-64, android."
+)
+@click.option(
+    "--max-drop",
+    type=float,
+    metavar="SHARE",
+    help="Fail if accuracy on the validation data falls by more: 0.02 is two points.",
+)
+@click.option("--report", metavar="DIR", help="Write report.html and report.json into this folder.")
 @click.option("--input-size", type=int, metavar="PIXELS", help="Side of the input, where the model leaves it open.")
 @click.option("--classes", type=int, help="For a named model: how many, if there is no --labels.  [default: 1000]")
+@click.option("--alpha", type=float, default=1.0, show_default=True, help="For a named model: its width multiplier.")
+@click.option("--minimalistic", is_flag=True, help="For a named model: without hard-swish and squeeze-and-excitation.")
+@click.option("--dropout", type=float, help="For a named model: share before the classes.  [default: 0.2]")
+@click.option(
+    "--head",
+    type=click.Choice(["classes", "attention"]),
+    default="classes",
+    show_default=True,
+    help="For a named model: attention gates its features, for defects; 512 px and 10 classes unless told otherwise.",
+)
 @click.option(
     "--mean", type=float, help="Pixels become (x - mean) / std, x in 0..255.  [default: the model's own, or 127.5]"
 )
@@ -104,6 +124,8 @@ def convert(model: str, output: str, as_json: bool, **options: Any) -> None:
     click.echo(
         f"{output}: {manifest.name} {manifest.version}, {manifest.quantization}, {Path(output).stat().st_size:,} bytes"
     )
+    if manifest.quantization_reason:
+        click.echo(f"  {manifest.quantization} because: {manifest.quantization_reason}")
     if checked := manifest.verification:
         click.echo(_verdict(checked))
     for name, check in manifest.runtimes.items():
@@ -118,6 +140,8 @@ def _verdict(checked: Any) -> str:
     line = f"  agrees with the Keras model on {checked.top1_agreement:.1%} of {checked.count} {checked.data} images"
     if checked.top1 is not None:
         line += f"; top-1 {checked.top1:.1%}, Keras {checked.top1_keras:.1%}"
+    elif checked.f1_macro is not None:
+        line += f"; macro F1 {checked.f1_macro:.3f}, Keras {checked.f1_macro_keras:.3f}"
     return line
 
 
@@ -263,62 +287,52 @@ def _line(message: Message) -> str:
 @click.argument("bundle")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def inspect(bundle: str, as_json: bool) -> None:
-    """Show what is in BUNDLE, any classification .tflite: manifest, tensors, operators."""
+    """Show what is in BUNDLE, any .tflite: manifest, tensors, operators, and what each delegate would take."""
     found = edgekit.inspect(bundle)
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False))
         return
-    from rich.console import Console
-    from rich.table import Table
+    from edgekit.tables import print_inspection
 
-    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-    manifest, how = found["manifest"] or {}, found["classifier"]
-    facts = {
-        "name": f"{manifest['name']} {manifest['version']}" if manifest else "no manifest: not converted by EdgeKit",
-        "size": f"{found['bytes']:,} bytes, sha256 {found['sha256'][:12]}…",
-        "packed files": ", ".join(found["packed_files"]) or "none",
-    }
-    if isinstance(how, str):
-        facts["classifier"] = f"no: {how}"
-    else:
-        facts["classes"] = (
-            f"{len(how['labels'])}: {', '.join(how['labels'][:5])}{', …' if len(how['labels']) > 5 else ''}"
-        )
-        facts["input"] = "{size_wh[0]} x {size_wh[1]} x {channels}, {resize}, mean {mean}, std {std}".format(
-            **how["input"]
-        )
-        facts["output"] = "{activation}, in the graph: {in_graph}, multi-label: {multi_label}".format(**how["output"])
-    if manifest:
-        facts["quantization"] = manifest["quantization"]
-        checked = manifest["verification"] or {}
-        facts["verification"] = ", ".join(f"{key} {value}" for key, value in checked.items() if value is not None)
-        for name, check in manifest["runtimes"].items():
-            facts[name] = " ".join(filter(None, (check["version"], check["status"], check["detail"])))
-    summary = Table(show_header=False, box=None)
-    for key, value in facts.items():
-        summary.add_row(key, value)
-    console.print(summary)
-    tensors = Table("tensor", "shape", "type", "scale", "zero point", box=None, title_justify="left")
-    for which in ("inputs", "outputs"):
-        for tensor in found[which]:
-            tensors.add_row(
-                f"{which[:-1]} {tensor['name']}",
-                str(tuple(tensor["shape"])),
-                tensor["dtype"],
-                *(" ".join(f"{value:g}" for value in tensor[key]) for key in ("scale", "zero_point")),
-            )
-    console.print(tensors)
-    operators = Table("operator", "version", "count", box=None)
-    for operator in found["operators"]:
-        operators.add_row(
-            operator["name"] + (" (custom)" if operator["custom"] else ""),
-            str(operator["version"]),
-            str(operator["count"]),
-        )
-    console.print(operators)
+    print_inspection(found)
 
 
-for _name, _item in (("convert", convert), ("run", run), ("listen", listen), ("inspect", inspect)):
+@_command
+@click.argument("bundles", metavar="BUNDLE…", nargs=-1, required=True)
+@click.option(
+    "--delegate",
+    "delegates",
+    multiple=True,
+    default=("cpu", "coral", "gpu"),
+    metavar="cpu|coral|gpu|PATH.so",
+    help="Only this one; may be given again.  [default: all that load]",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1, 256),
+    multiple=True,
+    help="Threads of the CPU kernels; may be given again.  [default: 1 and the number of cores]",
+)
+@click.option("--seconds", type=float, default=2.0, show_default=True, help="How long to measure each combination.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def bench(bundles: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Measure BUNDLE on this machine: each runtime, delegate and number of threads, and each stage of the pipeline.
+
+    Several bundles take turns within one run and are compared with the first.
+    """
+    with _progress_bar() as progress:
+        measured = edgekit.bench(bundles, progress=progress, **options)
+    if as_json:
+        import msgspec
+
+        click.echo(msgspec.json.encode(measured))
+        return
+    from edgekit.tables import print_bench
+
+    print_bench(measured)
+
+
+for _name, _item in (("convert", convert), ("run", run), ("listen", listen), ("inspect", inspect), ("bench", bench)):
     cli.add_command(_item, _name)
 
 

@@ -25,6 +25,9 @@ TENSOR_TYPES = (
     "uint32 uint16 int4 bfloat16 int2 uint4 float8_e4m3fn float8_e5m2"
 ).split()
 
+# Those of them that numpy has, as it has them.
+_NUMPY_TYPES = frozenset("float32 float16 int32 uint8 int64 bool int16 int8 float64 uint64 uint32 uint16".split())
+
 # In the order of BuiltinOperator in schema.fbs.
 BUILTIN_OPERATORS = (
     "ADD AVERAGE_POOL_2D CONCATENATION CONV_2D DEPTHWISE_CONV_2D DEPTH_TO_SPACE DEQUANTIZE EMBEDDING_LOOKUP FLOOR "
@@ -109,7 +112,7 @@ class Table:
 @dataclass(frozen=True)
 class Tensor:
     """A tensor of the graph. ``scale`` and ``zero_point`` are empty where it is not quantized; ``dynamic`` says that
-    another size than the batch is left open."""
+    another size than the batch is left open; ``constant`` that the file holds its data."""
 
     name: str
     shape: tuple[int, ...]
@@ -117,17 +120,20 @@ class Tensor:
     scale: tuple[float, ...]
     zero_point: tuple[int, ...]
     dynamic: bool = False
+    constant: bool = False
 
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator of the graph: its name (the custom name for a custom operator) and version."""
+    """An operator of the graph: its name (the custom name for a custom operator) and version, the indices of its
+    tensors (-1: an optional one that is absent), and its builtin options, which :meth:`Model.option` reads."""
 
     name: str
     version: int
     custom: bool
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    options: Table | None = None
 
 
 @dataclass(frozen=True)
@@ -168,29 +174,33 @@ class Model:
 
     def _walk(self, content: bytes) -> None:
         root = Table.root(content, b"TFL3")
-        buffers = [self._buffer(table, len(content)) for table in root.tables(4)]
+        buffers = [self._buffer(table, content) for table in root.tables(4)]
         codes = [self._operator_code(table) for table in root.tables(1)]
         subgraphs = root.tables(2)
         if not subgraphs:
             raise ValueError("no subgraph")
         for subgraph in subgraphs:
-            tensors = [self._tensor(table, len(buffers)) for table in subgraph.tables(0)]
+            tables = subgraph.tables(0)
+            tensors = [self._tensor(table, buffers) for table in tables]
             operators = [self._operator(table, codes, len(tensors)) for table in subgraph.tables(3)]
             inputs, outputs = (self._indices(subgraph, field, len(tensors)) for field in (1, 2))
             if subgraph is subgraphs[0]:
                 self.tensors, self.operators = tensors, operators
                 self.inputs, self.outputs = [tensors[i] for i in inputs], [tensors[i] for i in outputs]
                 self._output_indices = outputs
+                self._data = [buffers[table.number(2, "<I")] if buffers else np.empty(0, np.uint8) for table in tables]
         self.metadata: dict[str, bytes] = {}
         for entry in root.tables(6):
             self.metadata[entry.string(0)] = buffers[entry.number(1, "<I")].tobytes()
 
     @staticmethod
-    def _buffer(table: Table, file_bytes: int) -> npt.NDArray[np.generic]:
+    def _buffer(table: Table, content: bytes) -> npt.NDArray[np.generic]:
+        """A view, not a copy."""
         # A model over 2 GB keeps its buffers behind the flatbuffer, by offset and size.
-        if table.number(1, "<Q") + table.number(2, "<Q") > file_bytes:
+        offset, size = table.number(1, "<Q"), table.number(2, "<Q")
+        if offset + size > len(content):
             raise ValueError("buffer past the end of the file")
-        return table.vector(0, np.uint8)
+        return np.frombuffer(content, np.uint8, size, offset) if size else table.vector(0, np.uint8)
 
     @staticmethod
     def _operator_code(table: Table) -> tuple[str, int, bool]:
@@ -214,12 +224,12 @@ class Model:
         inputs, outputs = (self._indices(table, field, tensor_count) for field in (1, 2))
         for options in (5, 9):
             table.vector(options, np.uint8)
-        table.table(4)
-        return Operator(name, version, custom, inputs, outputs)
+        return Operator(name, version, custom, inputs, outputs, table.table(4))
 
     @staticmethod
-    def _tensor(table: Table, buffer_count: int) -> Tensor:
-        if table.number(2, "<I") >= max(buffer_count, 1):  # buffer 0 means none, even where there are no buffers
+    def _tensor(table: Table, buffers: list[npt.NDArray[np.generic]]) -> Tensor:
+        buffer = table.number(2, "<I")
+        if buffer >= max(len(buffers), 1):  # buffer 0 means none, even where there are no buffers
             raise ValueError("buffer index out of range")
         quantization = table.table(4)
         scale = quantization.vector(2, np.float32) if quantization else ()
@@ -232,7 +242,31 @@ class Model:
             scale=tuple(float(s) for s in scale),
             zero_point=tuple(int(z) for z in zero_point),
             dynamic=any(int(n) < 0 for n in table.vector(7, np.int32)[1:]),
+            constant=buffer > 0 and buffers[buffer].size > 0,
         )
+
+    def option(self, operator: Operator, field: int, format: str = "<i", default: int = 0) -> int:
+        """Field ``field`` of the operator's builtin options, by its number in ``schema.fbs``; ``default`` where the
+        file does not hold it.
+
+        Raises:
+            BundleError: an offset leads out of the file.
+        """
+        options = operator.options
+        return default if options is None else self._read(lambda _: options.number(field, format, default), b"")
+
+    def constant(self, index: int) -> npt.NDArray[np.generic] | None:
+        """The data of tensor ``index`` in its shape, a view of the file; None where the file holds none, or where
+        numpy has no such type.
+
+        Raises:
+            BundleError: the data does not fill the shape.
+        """
+        tensor = self.tensors[index]
+        if not tensor.constant or tensor.dtype not in _NUMPY_TYPES:
+            return None
+        data = self._data[index]
+        return self._read(lambda _: data.view(tensor.dtype).reshape(tensor.shape), b"")
 
     @cached_property
     def last_operator(self) -> str:

@@ -1,22 +1,29 @@
-"""What is in a ``.tflite`` file, without running it."""
+"""What is in a ``.tflite`` file, and what the delegates of TFLite make of it."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
 from edgekit import bundle as bundles
+from edgekit import coverage, runtimes
 from edgekit.errors import EdgekitError
 from edgekit.flatbuffer import Tensor
+from edgekit.sandbox import Sandbox, SandboxError
+
+logger = logging.getLogger(__name__)
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The manifest, tensors, operators and packed files of any ``.tflite``, as plain data that fits JSON.
 
-    ``classifier`` tells how EdgeKit runs it, or, as a line of text, why it cannot.
+    ``classifier`` tells how EdgeKit runs it, or, as a line of text, why it cannot. ``delegates`` tells what each would
+    take: XNNPACK as measured in a process of its own, in each runtime that is installed and loads the file.
 
     Raises:
         BundleError: as :func:`edgekit.bundle.read_file`.
@@ -45,8 +52,22 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
             for (name, version, custom), count in sorted(operators.items())
         ],
         "classifier": classifier,
+        "delegates": [msgspec.to_builtins(of_delegate) for of_delegate in _delegates(file)],
         "manifest": msgspec.to_builtins(file.manifest) if file.manifest else None,
     }
+
+
+def _delegates(file: bundles.File) -> Iterator[coverage.Coverage]:
+    for runtime in runtimes.find().values():
+        try:
+            with Sandbox(runtime, file.path) as sandbox:
+                pieces = sandbox.pieces or []
+        except SandboxError as error:
+            logger.warning("%s does not load %s: %s", runtime.name, file.path, error)
+        else:
+            yield coverage.measured(f"xnnpack in {runtime.name} {runtime.version}", file.model, pieces)
+    yield coverage.edge_tpu(file.model)
+    yield coverage.gpu(file.model)
 
 
 def _tensor(tensor: Tensor) -> dict[str, Any]:

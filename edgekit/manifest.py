@@ -63,7 +63,8 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
     """The bundle held against the Keras model, through the device's own preprocessing.
 
     ``data`` is what it was held against: the validation data, for want of it the calibration data, or noise (which
-    proves only that it runs). Accuracies are None where the data has no labels.
+    proves only that it runs). Accuracies are None where the data has no labels; several labels at once have a macro F1
+    and no top-1.
     """
 
     data: VerifiedOn
@@ -72,6 +73,10 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
     mean_abs_difference: float
     top1_keras: float | None = None
     top1: float | None = None
+    top5_keras: float | None = None
+    top5: float | None = None
+    f1_macro_keras: float | None = None
+    f1_macro: float | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +87,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     input: ImageInput
     output: Output
     quantization: str
+    quantization_reason: str = ""
+    target: str = ""
     calibration: Calibration | None = None
     custom_ops: tuple[CustomOp, ...] = ()
     runtimes: dict[str, RuntimeCheck] = {}

@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
 from types import ModuleType
 
 from edgekit.errors import RuntimeMissingError
@@ -14,6 +18,42 @@ RUNTIMES = {
     "litert": ("ai_edge_litert.interpreter", "ai-edge-litert"),
     "tflite-runtime": ("tflite_runtime.interpreter", "tflite-runtime"),
 }
+
+# A Python with tflite-runtime, where this one cannot have it: its wheel needs NumPy 1 and Python 3.11 at most.
+PYTHON_VARIABLE = "EDGEKIT_TFLITE_RUNTIME_PYTHON"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A TFLite runtime on this machine: its name, its version and the Python that has it."""
+
+    name: str
+    version: str
+    python: str
+
+
+def find() -> dict[str, Runtime]:
+    """The runtimes of this Python, and tflite-runtime of the one that ``EDGEKIT_TFLITE_RUNTIME_PYTHON`` names, by name,
+    the preferred one first. Imports none.
+
+    Raises:
+        RuntimeMissingError: that Python does not have it.
+    """
+    found = {name: Runtime(name, version, sys.executable) for name, version in installed().items()}
+    if python := os.environ.get(PYTHON_VARIABLE):
+        ask = "import sys; sys.path.pop(0); import importlib.metadata as m; print(m.version('tflite-runtime'))"
+        try:
+            answer = subprocess.run([python, "-c", ask], capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise RuntimeMissingError(
+                f"{PYTHON_VARIABLE}={python} does not run ({error})", mend="name a Python there, or unset it"
+            ) from error
+        if answer.returncode:
+            raise RuntimeMissingError(
+                f"{PYTHON_VARIABLE}={python} has no tflite-runtime", mend="install it there or unset it"
+            )
+        found["tflite-runtime"] = Runtime("tflite-runtime", answer.stdout.strip(), python)
+    return found
 
 
 def installed() -> dict[str, str]:

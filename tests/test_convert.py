@@ -16,7 +16,7 @@ import pytest
 
 import edgekit
 from edgekit import bundle
-from edgekit.errors import ConversionError, EdgekitError
+from edgekit.errors import ConversionError, EdgekitError, RuntimeMissingError
 
 pytestmark = pytest.mark.host
 pytest.importorskip("tensorflow")
@@ -59,7 +59,9 @@ model = build()
 model.save("colours.h5")
 model.export("saved", verbose=False)
 given = keras.Input((32, 32, 3), dtype="uint8")
-keras.Model(given, model(keras.layers.Rescaling(1 / 255)(given))).save("uint8.keras")
+keras.Model(given, model(keras.layers.Rescaling(1 / 127.5, -1)(given))).save("uint8.keras")
+whole = keras.Input((32, 32, 3), dtype="int32")
+keras.Model(whole, model(keras.layers.Rescaling(1 / 255)(whole))).save("int32.keras")
 keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(3)]).save("unbuilt.keras")
 build(activation=None).save("logits.keras")
 build(channels=1).save("grey.keras")
@@ -87,7 +89,7 @@ def test_other_formats_convert_alike(convert: Any, other_models: Path, tmp_path:
 
 def test_model_that_rescales_for_itself_takes_plain_pixels(convert: Any, other_models: Path, tmp_path: Path) -> None:
     of_bundle = convert(tmp_path / "out.tflite", other_models / "rescales.keras", mean=None, std=None)
-    assert (of_bundle.input.mean, of_bundle.input.std, of_bundle.verification.top1) == ((0,), (1,), 1.0)
+    assert (of_bundle.input.mean, of_bundle.input.std, of_bundle.verification.top1) == ((127.5,), (127.5,), 1.0)
 
 
 def test_logits_become_scores_on_the_device(convert: Any, other_models: Path, tmp_path: Path, colour: Any) -> None:
@@ -120,7 +122,7 @@ def test_size_left_open_is_asked_for(convert: Any, other_models: Path, tmp_path:
     [
         ("two.keras", "expected one input and one output, got 1 and 2"),
         ("map.keras", r"output: expected scores \(batch, classes\)"),
-        ("uint8.keras", "input: expected type float32, got uint8"),
+        ("int32.keras", "input: expected type float32 or uint8, got int32"),
         ("unbuilt.keras", "does not know the shape of its input|cannot be loaded"),
         ("text.keras", "cannot be loaded"),
         ("nothing", "saved_model.pb"),
@@ -207,7 +209,7 @@ def test_options_that_do_not_fit_are_refused(convert: Any, models: Path, tmp_pat
     with pytest.raises(ConversionError, match=r"ends in \.tflite"):
         convert(tmp_path / "out.bin")
     for options in ({"mean": float("nan")}, {"std": 0}, {"std": float("inf")}, {"quantize": "int4"}, {"input_size": 0}):
-        with pytest.raises(ConversionError, match=r"expected .* got|expected float32 or"):
+        with pytest.raises(ConversionError, match=r"expected .* got|expected auto or"):
             convert(tmp_path / "out.tflite", **options)
     with pytest.raises(ConversionError, match="32 or more for a MobileNetV3"):
         convert(tmp_path / "out.tflite", "mobilenet-v3-small", input_size=8)
@@ -343,14 +345,14 @@ def test_runtime_that_hangs_is_told(convert: Any, tmp_path: Path, monkeypatch: p
     python.write_text('#!/bin/sh\n[ "$1" = -c ] && echo 2.14.0 || exec sleep 100\n')
     python.chmod(0o755)
     monkeypatch.setenv("EDGEKIT_TFLITE_RUNTIME_PYTHON", str(python))
-    monkeypatch.setattr("edgekit.converters.verify.STALL_TIMEOUT_S", 5.0)
+    monkeypatch.setattr("edgekit.sandbox.STALL_TIMEOUT_S", 5.0)
     checks = convert(tmp_path / "out.tflite", quantize="float32").runtimes
     assert (checks["litert"].status, checks["tflite-runtime"].detail) == ("ok", "gave nothing for 5 s")
 
 
 def test_python_without_the_runtime_is_an_error(convert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEKIT_TFLITE_RUNTIME_PYTHON", "/nowhere/python")
-    with pytest.raises(ConversionError, match="EDGEKIT_TFLITE_RUNTIME_PYTHON=/nowhere/python does not run"):
+    with pytest.raises(RuntimeMissingError, match="EDGEKIT_TFLITE_RUNTIME_PYTHON=/nowhere/python does not run"):
         convert(tmp_path / "out.tflite")
 
 

@@ -41,6 +41,20 @@ def test_agrees_with_the_interpreter(content: bytes) -> None:
     assert len(named) >= 8
 
 
+def test_constants_and_options_are_read(content: bytes) -> None:
+    model = Model(content)
+    first = next(operator for operator in model.operators if operator.name == "CONV_2D")
+    weights, bias = model.constant(first.inputs[1]), model.constant(first.inputs[2])
+    assert weights is not None and bias is not None
+    assert (weights.dtype.name, weights.shape) == ("int8", model.tensors[first.inputs[1]].shape)
+    assert np.abs(weights.astype(int)).max() == 127  # what the widest weight is quantized to
+    assert (bias.dtype.name, bias.shape) == ("int32", weights.shape[:1])
+    assert model.constant(first.inputs[0]) is None and not model.tensors[first.inputs[0]].constant
+    dilation, past_the_schema = model.option(first, 4, default=1), model.option(first, 99, default=-5)
+    assert (dilation, past_the_schema) == (1, -5)
+    assert model.option(first, 1) in (1, 2)  # the stride
+
+
 def test_every_truncation_is_refused(content: bytes) -> None:
     flatbuffer_bytes = content.index(b"PK\x03\x04")
     for length in [*range(0, 400), *range(400, flatbuffer_bytes - 16, 97)]:
@@ -58,6 +72,10 @@ def test_mutations_are_refused_or_read(content: bytes) -> None:
         try:
             model = Model(bytes(mutated))
             assert model.last_operator is not None and model.associated_files is not None
+            for index in range(len(model.tensors)):
+                model.constant(index)
+            for operator in model.operators:
+                model.option(operator, 1)
         except BundleError as error:
             refused += 1
             assert "whole TFLite model" in str(error)

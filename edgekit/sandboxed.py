@@ -1,0 +1,164 @@
+"""A model in a TFLite runtime, driven by lines of JSON: ``sandboxed.py MODULE MODEL.tflite DELEGATE THREADS``.
+
+The other side is :class:`edgekit.sandbox.Sandbox`. A process of its own, started by path: a runtime that crashes on the
+model is then a finding, and the Python that runs it needs that runtime and NumPy only, not EdgeKit.
+"""
+
+from __future__ import annotations
+
+import sys
+
+# This folder's modules must not be taken for others of the same name.
+sys.path.pop(0)
+
+import importlib
+import json
+import os
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_answers = sys.stdout
+
+
+def _answer(**fields: Any) -> None:
+    _answers.write(json.dumps(fields) + "\n")
+    _answers.flush()
+
+
+def _memory(field: str) -> int:
+    """Bytes of this process: ``VmRSS`` (resident now) or ``VmHWM`` (at its most)."""
+    status = Path("/proc/self/status").read_text()
+    return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
+
+
+class _Interpreter:
+    """On the CPU (XNNPACK), or with the delegate in a shared library."""
+
+    def __init__(self, module: str, model: str, delegate: str, threads: int) -> None:
+        runtime = importlib.import_module(module)
+        self.baseline_bytes = _memory("VmRSS")
+        delegates = [] if delegate == "cpu" else [runtime.load_delegate(delegate)]
+        self._interpreter = runtime.Interpreter(model_path=model, num_threads=threads, experimental_delegates=delegates)
+        self._interpreter.allocate_tensors()
+        self._inputs = self._interpreter.get_input_details()
+        self._outputs = self._interpreter.get_output_details()
+        self.inputs = [(detail["shape"], detail["dtype"]) for detail in self._inputs]
+        self.output = (self._outputs[0]["shape"], self._outputs[0]["dtype"])
+        self.pieces = self._pieces()
+
+    def _pieces(self) -> list[list[int]]:
+        """The operators in each delegated piece: what lies between its inputs and its outputs."""
+        nodes = self._interpreter._get_ops_details()
+        producers = {int(t): n for n in nodes if n["op_name"] != "DELEGATE" for t in n["outputs"]}
+        pieces = []
+        for piece in (node for node in nodes if node["op_name"] == "DELEGATE"):
+            inputs, inside, waiting = set(map(int, piece["inputs"])), set(), [int(t) for t in piece["outputs"]]
+            while waiting:
+                tensor = waiting.pop()
+                producer = producers.get(tensor)
+                if producer is None or tensor in inputs or producer["index"] in inside:
+                    continue
+                inside.add(producer["index"])
+                waiting += [int(t) for t in producer["inputs"]]
+            pieces.append(sorted(inside))
+        return pieces
+
+    def set(self, tensors: list[Any]) -> None:
+        for detail, tensor in zip(self._inputs, tensors, strict=True):
+            self._interpreter.set_tensor(detail["index"], tensor)
+
+    def invoke(self) -> None:
+        self._interpreter.invoke()
+
+    def get(self) -> Any:
+        return self._interpreter.get_tensor(self._outputs[0]["index"])
+
+
+class _Accelerated:
+    """On LiteRT's GPU accelerator (WebGPU)."""
+
+    def __init__(self, model: str) -> None:
+        from ai_edge_litert.compiled_model import CompiledModel, HardwareAccelerator
+
+        self.baseline_bytes = _memory("VmRSS")
+        self._model = CompiledModel.from_file(model, hardware_accel=HardwareAccelerator.GPU)
+        if not self._model.is_fully_accelerated():
+            raise RuntimeError("the GPU takes only a part of the model")
+        self.pieces = None  # it does not tell
+        self._signature = self._model.get_signature_list()
+        name = next(iter(self._signature))
+        given = self._model.get_input_tensor_details(name)
+        made = next(iter(self._model.get_output_tensor_details(name).values()))
+        self.inputs = [(detail["shape"], np.dtype(detail["dtype"])) for detail in given.values()]
+        self.output = (made["shape"], np.dtype(made["dtype"]))
+        self._inputs, self._outputs = self._model.create_input_buffers(0), self._model.create_output_buffers(0)
+
+    def set(self, tensors: list[Any]) -> None:
+        for buffer, tensor in zip(self._inputs, tensors, strict=True):
+            buffer.write(np.ascontiguousarray(tensor))
+
+    def invoke(self) -> None:
+        self._model.run_by_index(0, self._inputs, self._outputs)
+        self.get()  # running returns before the result is there, reading waits for it
+
+    def get(self) -> Any:
+        shape, dtype = self.output
+        return np.asarray(self._outputs[0].read(int(np.prod(shape)), dtype.type)).reshape(shape)
+
+
+def _noise(shape: Any, dtype: Any) -> Any:
+    random = np.random.default_rng(0)
+    if np.dtype(dtype).kind == "f":
+        return random.uniform(-1, 1, shape).astype(dtype)
+    limits = np.iinfo(dtype)
+    return random.integers(max(limits.min, -(2**15)), min(limits.max, 2**15), shape, dtype=dtype, endpoint=True)
+
+
+def _invoke(model: Any, count: int) -> None:
+    """Times of ``count`` invocations, ms."""
+    times = np.empty(count)
+    for number in range(count):
+        started = time.perf_counter()
+        model.invoke()
+        times[number] = time.perf_counter() - started
+    _answer(ms=(1e3 * times).round(4).tolist(), peak_bytes=_memory("VmHWM") - model.baseline_bytes)
+
+
+def _replay(model: Any, inputs: str, outputs: str) -> None:
+    """Runs the tensors in the file ``inputs``, one after the other, and writes what comes out to ``outputs``."""
+    tensors = np.load(inputs, mmap_mode="r")
+    shape, dtype = model.output
+    results = np.empty((len(tensors), *shape[1:]), dtype)
+    for number, tensor in enumerate(tensors):
+        model.set([tensor[None]])
+        model.invoke()
+        results[number] = model.get()[0]
+        _answer(done=number + 1)
+    np.save(outputs, results)
+    _answer(written=True)
+
+
+def main(module: str, path: str, delegate: str, threads: str) -> None:
+    global _answers
+    # What libedgetpu and LiteRT print belongs with the other messages: standard output is for answers.
+    _answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        model: Any = _Accelerated(path) if delegate == "gpu" else _Interpreter(module, path, delegate, int(threads))
+        model.set([_noise(*given) for given in model.inputs])
+        _answer(pieces=model.pieces)
+        for line in sys.stdin:
+            command, *arguments = json.loads(line)
+            (_invoke if command == "invoke" else _replay)(model, *arguments)
+    except Exception as error:
+        traceback.print_exc()
+        _answer(error=" ".join(str(error).split())[:300] or type(error).__name__)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

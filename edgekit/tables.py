@@ -1,0 +1,134 @@
+"""What ``edgekit inspect`` and ``edgekit bench`` print on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def _console() -> Console:
+    # Elsewhere than on a terminal nothing is folded to fit a width.
+    width = None if sys.stdout.isatty() else 240
+    return Console(highlight=False, soft_wrap=True, markup=False, emoji=False, width=width)
+
+
+def print_inspection(found: dict[str, Any]) -> None:
+    """``found`` as :func:`edgekit.inspect` returns it."""
+    console = _console()
+    manifest, how = found["manifest"] or {}, found["classifier"]
+    facts = {
+        "name": f"{manifest['name']} {manifest['version']}" if manifest else "no manifest: not converted by EdgeKit",
+        "size": f"{found['bytes']:,} bytes, sha256 {found['sha256'][:12]}…",
+        "packed files": ", ".join(found["packed_files"]) or "none",
+    }
+    if isinstance(how, str):
+        facts["classifier"] = f"no: {how}"
+    else:
+        facts["classes"] = (
+            f"{len(how['labels'])}: {', '.join(how['labels'][:5])}{', …' if len(how['labels']) > 5 else ''}"
+        )
+        facts["input"] = "{size_wh[0]} x {size_wh[1]} x {channels}, {resize}, mean {mean}, std {std}".format(
+            **how["input"]
+        )
+        facts["output"] = "{activation}, in the graph: {in_graph}, multi-label: {multi_label}".format(**how["output"])
+    if manifest:
+        reason = manifest["quantization_reason"]
+        facts["quantization"] = manifest["quantization"] + (f": {reason}" if reason else "")
+        checked = manifest["verification"] or {}
+        facts["verification"] = ", ".join(f"{key} {value}" for key, value in checked.items() if value is not None)
+        for name, check in manifest["runtimes"].items():
+            facts[name] = " ".join(filter(None, (check["version"], check["status"], check["detail"])))
+    summary = Table(show_header=False, box=None)
+    for key, value in facts.items():
+        summary.add_row(key, value)
+    console.print(summary)
+    tensors = Table("tensor", "shape", "type", "scale", "zero point", box=None, title_justify="left")
+    for which in ("inputs", "outputs"):
+        for tensor in found[which]:
+            tensors.add_row(
+                f"{which[:-1]} {tensor['name']}",
+                str(tuple(tensor["shape"])),
+                tensor["dtype"],
+                *(" ".join(f"{value:g}" for value in tensor[key]) for key in ("scale", "zero_point")),
+            )
+    console.print(tensors)
+    operators = Table("operator", "version", "count", box=None)
+    for operator in found["operators"]:
+        operators.add_row(
+            operator["name"] + (" (custom)" if operator["custom"] else ""),
+            str(operator["version"]),
+            str(operator["count"]),
+        )
+    console.print(operators)
+    delegates = Table("delegate", "takes", "pieces", "leaves", box=None)
+    for coverage in found["delegates"]:
+        how_known = "" if coverage["measured"] else " (predicted)"
+        left = [f"{left['count']} {left['operator']}: {left['reason']}" for left in coverage["left"]] or ["nothing"]
+        delegates.add_row(
+            coverage["delegate"] + how_known,
+            f"{coverage['delegated']} of {coverage['operators']}",
+            str(coverage["pieces"]),
+            left[0],
+        )
+        for line in left[1:]:
+            delegates.add_row("", "", "", line)
+    console.print(delegates)
+
+
+def print_bench(measured: Any) -> None:
+    """``measured`` as :func:`edgekit.bench` returns it."""
+    console = _console()
+    versions = dict.fromkeys(f"{row.runtime} {row.version}" for row in measured.inference)
+    console.print(f"{measured.machine}, {measured.cores} cores; {', '.join(versions)}")
+    names = _names([row.bundle for row in measured.inference])
+    table = Table(box=None)
+    for heading in ("bundle", "runtime", "delegate", "threads"):
+        table.add_column(heading)
+    for heading in ("p50 ms", "p95 ms", "p99 ms", "ratio", "memory", "delegated"):
+        table.add_column(heading, justify="right")
+    problems: dict[str, dict[str, None]] = {}
+    for row in measured.inference:
+        if row.latency_ms is None or row.ratio is None:
+            problems.setdefault(f"{row.delegate} in {row.runtime}: {row.problem}", {})[names[row.bundle]] = None
+            continue
+        table.add_row(
+            names[row.bundle],
+            row.runtime,
+            row.delegate,
+            str(row.threads),
+            *_cells(row.latency_ms),
+            f"{row.ratio:.2f}",
+            f"{(row.memory_bytes or 0) / 1e6:.1f} MB",
+            "?" if row.delegated is None else f"{row.delegated}/{row.operators} in {row.pieces}",
+        )
+    console.print(table)
+    stages = Table(box=None)
+    stages.add_column("bundle, 1280 x 720 frame")
+    stages.add_column("stage")
+    for heading in ("p50 ms", "p95 ms", "p99 ms"):
+        stages.add_column(heading, justify="right")
+    for row in measured.stages:
+        for stage in ("preprocess", "inference", "decode"):
+            if times := getattr(row, f"{stage}_ms"):
+                stages.add_row(names[row.bundle], stage, *_cells(times))
+        if row.problem:
+            problems.setdefault(f"stages: {row.problem}", {})[names[row.bundle]] = None
+    if stages.row_count:
+        console.print(stages)
+    for problem, bundles in problems.items():
+        of_which = "" if len(bundles) == len(names) else f" {', '.join(bundles)}"
+        console.print(f"not measured:{of_which} {problem}")
+
+
+def _cells(times: Any) -> tuple[str, str, str]:
+    return f"{times.p50:.3f}", f"{times.p95:.3f}", f"{times.p99:.3f}"
+
+
+def _names(paths: list[str]) -> dict[str, str]:
+    """The paths by their last part, where that tells them apart."""
+    short = {path: Path(path).name for path in paths}
+    return short if len(set(short.values())) == len(set(paths)) else {path: path for path in paths}

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgekit import runtimes, sandbox
+from edgekit.sandbox import Sandbox, SandboxError
+
+
+@pytest.fixture
+def runtime() -> runtimes.Runtime:
+    return next(iter(runtimes.find().values()))
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Any:
+    """Compiles C code into a delegate library, as TFLite loads them."""
+    compiler = shutil.which("gcc") or pytest.skip("no C compiler here")
+
+    def build(code: str) -> Path:
+        (tmp_path / "delegate.c").write_text(code)
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", "delegate.so", "delegate.c"], cwd=tmp_path, check=True)
+        return tmp_path / "delegate.so"
+
+    return build
+
+
+def test_replay_gives_what_the_interpreter_gives(runtime: Any, models: Path, tmp_path: Path) -> None:
+    tensors = np.random.default_rng(0).uniform(-1, 1, (5, 32, 32, 3)).astype(np.float32)
+    np.save(tmp_path / "in.npy", tensors)
+    done: list[int] = []
+    with Sandbox(runtime, models / "float32.tflite") as trial:
+        trial.replay(tmp_path / "in.npy", tmp_path / "out.npy", done.append)
+    interpreter = runtimes.load()[1].Interpreter(model_path=str(models / "float32.tflite"))
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], tensors[3:4])
+    interpreter.invoke()
+    expected = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])[0]
+    assert done == [1, 2, 3, 4, 5]
+    assert np.load(tmp_path / "out.npy")[3] == pytest.approx(expected, abs=1e-6)
+
+
+def test_pieces_are_the_operators_that_xnnpack_took(runtime: Any, models: Path) -> None:
+    with Sandbox(runtime, models / "float32.tflite") as trial:
+        assert trial.pieces is not None
+        taken = [operator for piece in trial.pieces for operator in piece]
+    assert taken and len(set(taken)) == len(taken)
+
+
+def test_alternate_measures_each_and_goes_on_without_one_that_failed(runtime: Any, models: Path) -> None:
+    with (
+        Sandbox(runtime, models / "float32.tflite") as one,
+        Sandbox(runtime, models / "int8.tflite") as other,
+        Sandbox(runtime, models / "int8.tflite") as dead,
+    ):
+        dead._child.kill()
+        times = sandbox.alternate([one, dead, other], 0.2)
+        assert one.peak_bytes > 0
+    assert isinstance(times[1], SandboxError) and "killed" in str(times[1])
+    assert all(len(times[number]) >= 3 and times[number].min() > 0 for number in (0, 2))
+
+
+@pytest.mark.parametrize(
+    ("model", "delegate", "complaint"),
+    [
+        ("missing.tflite", "cpu", "missing.tflite|Could not open"),
+        ("labels.txt", "cpu", "not a valid|should be 'TFL3'"),
+        ("float32.tflite", "/missing.so", "missing.so: cannot open shared object file"),
+    ],
+)
+def test_sandbox_says_why_it_does_not_load(
+    runtime: Any, models: Path, model: str, delegate: str, complaint: str
+) -> None:
+    with pytest.raises(SandboxError, match=complaint):
+        Sandbox(runtime, models / model, delegate)
+
+
+def test_sandbox_survives_a_crash(runtime: Any, models: Path, library: Any) -> None:
+    crashing = library("#include <stdlib.h>\nvoid* tflite_plugin_create_delegate() { abort(); }")
+    with pytest.raises(SandboxError, match=r"crashed \(SIGABRT\)"):
+        Sandbox(runtime, models / "float32.tflite", str(crashing))
+
+
+def test_sandbox_ends_what_hangs(runtime: Any, models: Path, library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "STALL_TIMEOUT_S", 2.0)
+    hanging = library("#include <unistd.h>\nvoid* tflite_plugin_create_delegate() { sleep(60); return 0; }")
+    with pytest.raises(SandboxError, match="gave nothing for 2 s"):
+        Sandbox(runtime, models / "float32.tflite", str(hanging))
+
+
+def test_find_refuses_a_python_without_the_runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(runtimes.PYTHON_VARIABLE, str(tmp_path / "python"))
+    with pytest.raises(runtimes.RuntimeMissingError, match="does not run"):
+        runtimes.find()
