@@ -114,7 +114,9 @@ def convert(model: str, output: str, as_json: bool, **options: Any) -> None:
     MODEL is mobilenet-v3-small, mobilenet-v3-large, or the path of a classifier: .keras, .h5 or a SavedModel folder.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
-    with _progress_bar() as progress:
+    from edgekit.terminal import progress_bar
+
+    with progress_bar() as progress:
         manifest = edgekit.convert(model, output, progress=progress, **options)
     import msgspec
 
@@ -143,40 +145,6 @@ def _verdict(checked: Any) -> str:
     elif checked.f1_macro is not None:
         line += f"; macro F1 {checked.f1_macro:.3f}, Keras {checked.f1_macro_keras:.3f}"
     return line
-
-
-def _progress_bar() -> Any:
-    """A context that gives a callback ``(stage, done, total)``: a bar on a terminal, a line a stage elsewhere."""
-    if not sys.stderr.isatty():
-        stages: set[str] = set()
-
-        def line(stage: str, *_: int) -> None:
-            if stage not in stages:
-                stages.add(stage)
-                logger.info("%s", stage)
-
-        return nullcontext(line)
-    from contextlib import contextmanager
-
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
-    @contextmanager
-    def bar() -> Any:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            tasks: dict[str, TaskID] = {}
-
-            def update(stage: str, done: int, total: int) -> None:
-                if stage not in tasks:
-                    for task in progress.tasks:  # the ones before it are done
-                        progress.update(task.id, total=max(task.completed, 1), completed=max(task.completed, 1))
-                    tasks[stage] = progress.add_task(stage, total=None)
-                progress.update(tasks[stage], completed=done, total=total or None)
-
-            yield update
-
-    return bar()
 
 
 @_command
@@ -219,7 +187,12 @@ def run(bundle: str, source: str, as_json: bool, **options: Any) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
 
-    with _progress_bar() if sys.stderr.isatty() else nullcontext() as progress:
+    bar: Any = nullcontext()
+    if sys.stderr.isatty():  # a service needs no bar, nor the memory of what draws it
+        from edgekit.terminal import progress_bar
+
+        bar = progress_bar()
+    with bar as progress:
 
         def show(message: PredictionMessage) -> None:
             if as_json:
@@ -292,7 +265,7 @@ def inspect(bundle: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False))
         return
-    from edgekit.tables import print_inspection
+    from edgekit.terminal import print_inspection
 
     print_inspection(found)
 
@@ -320,16 +293,16 @@ def bench(bundles: tuple[str, ...], as_json: bool, **options: Any) -> None:
 
     Several bundles take turns within one run and are compared with the first.
     """
-    with _progress_bar() as progress:
+    import msgspec
+
+    from edgekit.terminal import print_bench, progress_bar
+
+    with progress_bar() as progress:
         measured = edgekit.bench(bundles, progress=progress, **options)
     if as_json:
-        import msgspec
-
         click.echo(msgspec.json.encode(measured))
-        return
-    from edgekit.tables import print_bench
-
-    print_bench(measured)
+    else:
+        print_bench(measured)
 
 
 for _name, _item in (("convert", convert), ("run", run), ("listen", listen), ("inspect", inspect), ("bench", bench)):

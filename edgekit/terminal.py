@@ -1,13 +1,19 @@
-"""What ``edgekit inspect`` and ``edgekit bench`` print on a terminal."""
+"""What the commands show on a terminal: tables, and how far long work has got."""
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+logger = logging.getLogger(__name__)
 
 
 def _console() -> Console:
@@ -132,3 +138,30 @@ def _names(paths: list[str]) -> dict[str, str]:
     """The paths by their last part, where that tells them apart."""
     short = {path: Path(path).name for path in paths}
     return short if len(set(short.values())) == len(set(paths)) else {path: path for path in paths}
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Gives a callback ``(stage, done, total)``: a bar on a terminal, a line a stage elsewhere."""
+    if not sys.stderr.isatty():
+        stages: set[str] = set()
+
+        def line(stage: str, *_: int) -> None:
+            if stage not in stages:
+                stages.add(stage)
+                logger.info("%s", stage)
+
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                for task in progress.tasks:  # the ones before it are done
+                    progress.update(task.id, total=max(task.completed, 1), completed=max(task.completed, 1))
+                tasks[stage] = progress.add_task(stage, total=None)
+            progress.update(tasks[stage], completed=done, total=total or None)
+
+        yield update
