@@ -1,18 +1,23 @@
 """Time of each kind of operator in int8 against float32: where a quantized graph gains, and where it does not.
 
-    python benchmarks/operators.py FOLDER
+    python benchmarks/operators.py FOLDER [--instructions]
 
 FOLDER is that of benchmarks/recipes.py. Each operator is cut out of its graph and runs alone, on one thread of LiteRT
 with XNNPACK; what the cheapest of them takes, which is the cost of a call, is taken off.
+
+With --instructions they are counted by valgrind, whose processor has AVX2 and no VNNI: the kernels are those of a CPU
+without 8-bit dot products, whatever this one has.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import re
+import subprocess
+import sys
 import time
 from collections import defaultdict
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -78,29 +83,57 @@ def microseconds(interpreters: list[Any]) -> list[float]:
     return best
 
 
+def parts(folder: Path, recipe: str) -> dict[str, list[bytes]]:
+    """Kind of operator -> a flatbuffer of each."""
+    content = (folder / f"{recipe}.tflite").read_bytes()
+    model, found = rewrite.load(content), defaultdict(list)
+    for position, operator in enumerate(Model(content).operators):
+        found[operator.name].append(alone(model, position))
+    return found
+
+
+def by_time(folder: Path, recipe: str) -> dict[str, float]:
+    """Kind of operator -> microseconds of all of them, less what a call costs."""
+    of_kind = parts(folder, recipe)
+    times = microseconds([load(content) for contents in of_kind.values() for content in contents])
+    call, remaining = min(times), iter(times)
+    return {kind: sum(next(remaining) - call for _ in contents) for kind, contents in of_kind.items()}
+
+
+def by_instructions(folder: Path, recipe: str) -> dict[str, float]:
+    """Kind of operator -> thousands of instructions of all of them, counted by valgrind."""
+    found = {}
+    for kind in parts(folder, recipe):
+        counts = []
+        for invocations in (2, 12):
+            command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", sys.executable, __file__]
+            options = [str(folder), "--invoke", recipe, kind, str(invocations)]
+            said = subprocess.run([*command, *options], capture_output=True, text=True, check=True).stderr
+            counts.append(int(re.findall(r"Collected : (\d+)", said)[0]))
+        found[kind] = (counts[1] - counts[0]) / 10 / 1e3
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measures each kind of operator in int8 against float32.")
     parser.add_argument("folder", type=Path)
-    folder: Path = parser.parse_args().folder
-    sums: dict[str, dict[str, list[float]]] = {}
-    first: dict[str, float] = {}
-    for recipe in ("float32", "int8"):
-        content = (folder / f"{recipe}.tflite").read_bytes()
-        model, names = rewrite.load(content), [operator.name for operator in Model(content).operators]
-        times = microseconds([load(alone(model, position)) for position in range(len(names))])
-        call = min(times)
-        first[recipe] = times[0] - call
-        sums[recipe] = defaultdict(list)
-        for name, taken in zip(names, times, strict=True):
-            sums[recipe][name].append(taken - call)
-    print("| operator | float32: count, us | int8: count, us | int8 against float32 |\n|---|---|---|---|")
-    kinds = sorted({*sums["float32"], *sums["int8"]}, key=lambda kind: -sum(sums["float32"][kind]))
-    rows = [(kind, sums["float32"][kind], sums["int8"][kind]) for kind in kinds]
-    rows.append(("all", *(list(chain(*sums[recipe].values())) for recipe in ("float32", "int8"))))
-    rows.append(("the first CONV_2D", [first["float32"]], [first["int8"]]))
-    for kind, floats, integers in rows:
-        ratio = f"{sum(integers) / sum(floats):.2f} x" if sum(floats) > 0 else ""
-        print(f"| {kind} | {len(floats)}, {sum(floats):.0f} | {len(integers)}, {sum(integers):.0f} | {ratio} |")
+    parser.add_argument("--instructions", action="store_true", help="count instructions under valgrind")
+    parser.add_argument("--invoke", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.invoke:
+        recipe, kind, invocations = arguments.invoke
+        for interpreter in [load(content) for content in parts(arguments.folder, recipe)[kind]]:
+            for _ in range(int(invocations)):
+                interpreter.invoke()
+        return
+    measure, unit = (by_instructions, "thousand instructions") if arguments.instructions else (by_time, "us")
+    floats, integers = (measure(arguments.folder, recipe) for recipe in ("float32", "int8"))
+    print(f"| operator | float32, {unit} | int8, {unit} | int8 against float32 |\n|---|---|---|---|")
+    rows = [(kind, floats.get(kind, 0.0), integers.get(kind, 0.0)) for kind in {**floats, **integers}]
+    rows.append(("all", sum(floats.values()), sum(integers.values())))
+    for kind, of_float, of_integer in sorted(rows, key=lambda row: -max(row[1:])):
+        ratio = f"{of_integer / of_float:.2f} x" if of_float >= 1 <= of_integer else ""
+        print(f"| {kind} | {of_float:.0f} | {of_integer:.0f} | {ratio} |")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from edgekit.converters.report import Latency
 from edgekit.coverage import Coverage
 from edgekit.flatbuffer import Model
 from edgekit.manifest import RuntimeCheck
+from edgekit.runtimes import Runtime
 from edgekit.sandbox import Sandbox, SandboxError, alternate
 
 SECONDS = 1.0
@@ -25,23 +27,18 @@ def measure(
     """Latency of the models, in turns within one run, in each runtime that runs the bundle, on one thread and on all
     cores; and what XNNPACK took of the last of them in each runtime."""
     found = runtimes.find()
+    working = [found[name] for name, check in checks.items() if check.status in ("ok", "differs")]
     counts = sorted({1, len(os.sched_getaffinity(0))})
-    trials = [
-        (found[name], threads, model)
-        for name, check in checks.items()
-        if check.status in ("ok", "differs")
-        for threads in counts
-        for model in models
-    ]
-    latency, taken = [], {}
+    sandboxes: dict[tuple[Runtime, int, str], Sandbox] = {}
     with ExitStack() as stack:
-        sandboxes = []
-        for runtime, threads, model in trials:
-            sandbox = stack.enter_context(Sandbox(runtime, models[model], threads=threads))
-            sandboxes.append(sandbox)
-            taken[runtime.name, model] = sandbox.pieces
-        measured = alternate(sandboxes, SECONDS, lambda *count: progress("measuring latency", *count))
-    for (runtime, threads, model), times in zip(trials, measured, strict=True):
+        for trial in product(working, counts, models):
+            runtime, threads, model = trial
+            # The float model may be of newer operators than the bundle.
+            with suppress(SandboxError):
+                sandboxes[trial] = stack.enter_context(Sandbox(runtime, models[model], threads=threads))
+        measured = alternate(list(sandboxes.values()), SECONDS, lambda *count: progress("measuring latency", *count))
+    latency = []
+    for (runtime, threads, model), times in zip(sandboxes, measured, strict=True):
         if not isinstance(times, SandboxError):
             p50, p95 = np.percentile(times, [50, 95]).round(4).tolist()
             latency.append(
@@ -52,9 +49,9 @@ def measure(
     *_, last = models
     graph = Model(models[last].read_bytes())
     return tuple(latency), tuple(
-        coverage.measured(f"xnnpack in {name} {found[name].version}", graph, pieces)
-        for (name, model), pieces in taken.items()
-        if model == last and pieces is not None
+        coverage.measured(f"xnnpack in {runtime.name} {runtime.version}", graph, sandbox.pieces)
+        for (runtime, threads, model), sandbox in sandboxes.items()
+        if (threads, model) == (1, last) and sandbox.pieces is not None
     )
 
 

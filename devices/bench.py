@@ -41,7 +41,7 @@ class Inference(msgspec.Struct, frozen=True, kw_only=True):
 
     ``ratio`` is its median against that of the first bundle measured in the same way. ``delegated`` of ``operators``
     run in ``pieces`` of the delegate (on the CPU: XNNPACK); None where the runtime does not tell. ``memory_bytes`` is
-    the peak beyond the bare runtime. A ``problem`` says why there are no times.
+    the peak beyond the bare runtime, None where the system does not tell. A ``problem`` says why there are no times.
     """
 
     bundle: str
@@ -180,7 +180,7 @@ def _inference(trials: list[_Trial], seconds: float, progress: Callable[[str, in
                 row,
                 latency_ms=latency,
                 ratio=round(latency.p50 / like, 3),
-                memory_bytes=open_ones[number].peak_bytes,
+                memory_bytes=open_ones[number].peak_bytes or None,
                 delegated=None if pieces is None else sum(map(len, pieces)),
                 pieces=None if pieces is None else len(pieces),
             )

@@ -47,7 +47,8 @@ class Sandbox:
     Attributes:
         pieces: the operators in each piece that a delegate (on the CPU: XNNPACK) took, by their position in the graph;
             None where the runtime does not tell.
-        peak_bytes: memory at its most beyond what the bare runtime had; known after :meth:`invoke`.
+        peak_bytes: memory at its most beyond what the bare runtime had; known after :meth:`invoke`, 0 where the system
+            does not tell.
 
     Raises:
         SandboxError: it does not load.

@@ -30,8 +30,11 @@ def _answer(**fields: Any) -> None:
 
 
 def _memory(field: str) -> int:
-    """Bytes of this process: ``VmRSS`` (resident now) or ``VmHWM`` (at its most)."""
-    status = Path("/proc/self/status").read_text()
+    """Bytes of this process: ``VmRSS`` (resident now) or ``VmHWM`` (at its most); 0 where the system does not tell."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
     return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
 
 

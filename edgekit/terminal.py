@@ -108,7 +108,7 @@ def print_bench(measured: Any) -> None:
             str(row.threads),
             *_cells(row.latency_ms),
             f"{row.ratio:.2f}",
-            f"{(row.memory_bytes or 0) / 1e6:.1f} MB",
+            f"{row.memory_bytes / 1e6:.1f} MB" if row.memory_bytes else "?",
             "?" if row.delegated is None else f"{row.delegated}/{row.operators} in {row.pieces}",
         )
     console.print(table)

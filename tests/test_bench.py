@@ -19,7 +19,8 @@ def test_bench_measures_bundles_side_by_side(models: Path) -> None:
     }
     for row in measured.inference:
         assert row.latency_ms and 0 < row.latency_ms.p50 <= row.latency_ms.p95 <= row.latency_ms.p99, row
-        assert row.memory_bytes and row.delegated is not None and 0 <= row.delegated <= row.operators
+        assert row.memory_bytes or not Path("/proc/self/status").exists()
+        assert row.delegated is not None and 0 <= row.delegated <= row.operators
         assert (row.ratio == 1.0) or "int8" in row.bundle
     for stages in measured.stages:
         assert stages.preprocess_ms and stages.inference_ms and stages.decode_ms

@@ -16,7 +16,7 @@ import pytest
 def test_help_names_every_command(edgekit_cli: Any) -> None:
     result = edgekit_cli("--help")
     assert result.returncode == 0
-    for command in ("convert", "run", "listen", "inspect"):
+    for command in ("convert", "run", "listen", "inspect", "bench"):
         assert command in result.stdout
         assert edgekit_cli(command, "--help").returncode == 0
 
@@ -155,6 +155,11 @@ def test_inspect_shows_a_bundle(edgekit_cli: Any, models: Path) -> None:
     found = json.loads(edgekit_cli("inspect", models / "int8.tflite", "--json").stdout)
     assert found["manifest"]["quantization"] == "int8" and found["classifier"]["labels"] == ["red", "green", "blue"]
     assert found["inputs"][0]["shape"] == [1, 32, 32, 3]
+    by_delegate = {row["delegate"].split()[0]: row for row in found["delegates"]}
+    assert by_delegate["xnnpack"]["measured"] and not by_delegate["gpu"]["measured"]
+    # all of it is int8, and no operator of it is foreign to the Edge TPU
+    assert by_delegate["edge-tpu"]["delegated"] == sum(row["count"] for row in found["operators"])
+    assert "edge-tpu (predicted)" in shown.stdout
 
 
 def test_inspect_shows_models_made_by_others(edgekit_cli: Any, vision_data: Path) -> None:
