@@ -216,10 +216,10 @@ def _convert(job: Job, name: str, version: str, max_drop: float | None, progress
     content = metadata.attach(path.read_bytes(), result.input, name=name, version=version, labelled=bool(job.labels))
     path.write_bytes(content)
     output = bundle.guess_output(Model(content))
-    class_ids = folder / "class_ids.npy"
-    compared = Dataset(
-        np.load(folder / f"{result.data}.npy", mmap_mode="r"), np.load(class_ids) if class_ids.exists() else None, ""
-    )
+    truth = np.load(folder / "class_ids.npy") if (folder / "class_ids.npy").exists() else None
+    if truth is not None and truth.ndim == 2 and not output.multi_label:
+        truth = truth.argmax(1)  # one label each: the scores only looked like those of several at once
+    compared = Dataset(np.load(folder / f"{result.data}.npy", mmap_mode="r"), truth, "")
     labels = job.labels or tuple(f"class {number}" for number in range(result.classes))
     verified = verify.verify(
         path, result.input, output, compared, np.load(folder / "keras.npy"), result.data, labels, progress

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgekit import coverage
+from edgekit import coverage, edge_tpu, gpu
 from edgekit.errors import BundleError
 from edgekit.flatbuffer import BUILTIN_OPERATORS, TENSOR_TYPES, Model, Operator
 
@@ -120,7 +120,7 @@ def test_edge_tpu_agrees_with_the_compiler_on_every_operator(compiled_name: str)
         Model(path.read_bytes(), str(path))
         for path in (compiled_path.with_name(compiled_name.replace("_edgetpu", "")), compiled_path)
     )
-    refusals = coverage.edge_tpu_refusals(whole)
+    refusals = edge_tpu.refusals(whole)
     assert [bool(reason) for reason in refusals] == origins(whole, compiled), refusals
 
 
@@ -153,7 +153,7 @@ def test_edge_tpu_leaves_what_comes_after_and_takes_the_branch_that_does_not() -
     after = graph.add("RELU", graph.conv(refused))
     branch = graph.conv(graph.conv(stem))  # later in the file, but it needs nothing that was refused
     model = graph.read(graph.add("ADD", after, branch))
-    assert coverage.edge_tpu_refusals(model) == [
+    assert edge_tpu.refusals(model) == [
         "",
         "not among the operators that the Edge TPU has",
         *["comes after HARD_SWISH, which is not taken"] * 2,
@@ -173,7 +173,7 @@ def test_edge_tpu_of_float_ends_leaves_only_those() -> None:
     graph = Graph(given="float32")
     made = graph.conv(graph.conv(graph.add("QUANTIZE", graph.x)))
     model = graph.read(graph.add("DEQUANTIZE", made, dtype="float32"))
-    assert names(model, coverage.edge_tpu_refusals(model)) == ["QUANTIZE", "DEQUANTIZE"]
+    assert names(model, edge_tpu.refusals(model)) == ["QUANTIZE", "DEQUANTIZE"]
 
 
 def test_edge_tpu_of_a_float_graph_takes_nothing() -> None:
@@ -187,7 +187,7 @@ def test_edge_tpu_of_a_float_graph_takes_nothing() -> None:
 def test_edge_tpu_refuses_a_version_newer_than_the_compiler() -> None:
     graph = Graph()
     model = graph.read(graph.conv(graph.add("RELU", graph.x), version=6))
-    assert coverage.edge_tpu_refusals(model) == [
+    assert edge_tpu.refusals(model) == [
         "the compiler refuses the model: CONV_2D has version 6, it knows 5"
     ] * 2  # fmt: skip
 
@@ -261,11 +261,11 @@ def _fully_connected(shape: tuple[int, ...]) -> Any:
 def test_edge_tpu_knows_the_limits_of_an_operator(build: Any, reason: str) -> None:
     graph = Graph()
     build(graph)
-    (found,) = coverage.edge_tpu_refusals(graph.read())
+    (found,) = edge_tpu.refusals(graph.read())
     assert reason in found and bool(found) == bool(reason)
 
 
-@pytest.mark.parametrize("refusals", [coverage.edge_tpu_refusals, coverage.gpu_refusals])
+@pytest.mark.parametrize("refusals", [edge_tpu.refusals, gpu.refusals])
 @pytest.mark.parametrize(("signature", "open_"), [([-1, 16, 16, 8], False), ([1, -1, -1, 8], True)])
 def test_sizes_that_are_left_open_are_refused(refusals: Any, signature: list[int], open_: bool) -> None:
     graph = Graph()
@@ -283,7 +283,7 @@ def test_gpu_takes_the_largest_piece_only() -> None:
     first = graph.conv(graph.x)
     refused = graph.add("ARG_MIN", first)
     model = graph.read(graph.add("RELU", graph.conv(refused)))
-    assert coverage.gpu_refusals(model) == [
+    assert gpu.refusals(model) == [
         "outside the largest piece, the only one that is taken", "not among the operators that the GPU has", "", "",
     ]  # fmt: skip
     predicted = coverage.gpu(model)
@@ -322,7 +322,7 @@ def test_gpu_takes_weights_that_are_unpacked(packed: str) -> None:
 def test_gpu_knows_the_limits_of_an_operator(build: Any, reason: str) -> None:
     graph = Graph(dtype="float32")
     build(graph)
-    (found,) = coverage.gpu_refusals(graph.read())
+    (found,) = gpu.refusals(graph.read())
     assert reason in found and bool(found) == bool(reason)
 
 

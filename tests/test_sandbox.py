@@ -11,7 +11,6 @@ import pytest
 from edgekit import runtimes, sandbox
 from edgekit.sandbox import Sandbox, SandboxError
 
-
 # Without it XNNPACK finds no processor, and nobody how much memory a process has.
 proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here")
 
