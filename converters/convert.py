@@ -162,7 +162,10 @@ def convert(
             verification=converted.verified.verification,
             sha256=hashlib.sha256(converted.content).hexdigest(),
         )
-        compiled = _compile(converted.path, output, stack) if target == "coral" and choice.recipe == "int8" else None
+        beside = output.with_name(f"{output.stem}_edgetpu.tflite")
+        compiled = _compile(converted.path, beside, stack) if target == "coral" and choice.recipe == "int8" else None
+        if beside.exists() and not compiled:
+            logger.warning("%s was compiled from an earlier bundle: compile it again, or remove it", beside)
         if report is not None:
             reports.write(Path(report), _report(converted, of_bundle, compiled, progress))
         temporary.write_bytes(bundle.pack(converted.content, of_bundle, labels_given))
@@ -241,17 +244,17 @@ def _convert(job: Job, name: str, version: str, max_drop: float | None, progress
 
 
 def _compile(model: Path, output: Path, stack: ExitStack) -> Coverage | None:
-    """Compiles ``model`` for the Edge TPU, to lie beside ``output`` when ``stack`` is left well."""
+    """Compiles ``model`` for the Edge TPU; ``output`` is there when ``stack`` is left well."""
     compiler = edgetpu.find()
     if not compiler:
         logger.warning(
-            "%s is not on the PATH: %s runs on the CPU until it is compiled, on x86-64 Debian, as %s_edgetpu.tflite",
-            edgetpu.COMPILER, output, output.stem,
-        )  # fmt: skip
+            "%s is not on the PATH: the bundle runs on the CPU until %s is made with it, on x86-64 Debian",
+            edgetpu.COMPILER,
+            output.name,
+        )
         return None
     compiled, coverage = edgetpu.compile(compiler, model, model.parent)
-    beside = stack.enter_context(bundle.replacing(output.with_name(f"{output.stem}_edgetpu.tflite")))
-    beside.write_bytes(compiled.read_bytes())
+    stack.enter_context(bundle.replacing(output)).write_bytes(compiled.read_bytes())
     logger.info("the Edge TPU takes %d of %d operators", coverage.delegated, coverage.operators)
     return coverage
 

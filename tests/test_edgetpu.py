@@ -88,6 +88,9 @@ def test_coral_target_without_the_compiler_says_so_and_writes_the_bundle(
     convert()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["door.tflite"]
     assert "edgetpu_compiler is not on the PATH" in caplog.text and "door_edgetpu.tflite" in caplog.text
+    (tmp_path / "out" / "door_edgetpu.tflite").write_bytes(b"of yesterday")
+    convert()
+    assert "door_edgetpu.tflite was compiled from an earlier bundle" in caplog.text
 
 
 @pytest.mark.parametrize(
