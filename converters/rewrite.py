@@ -54,31 +54,34 @@ def rewrite(content: bytes) -> bytes:
 
 
 def split_hard_swish(model: Any) -> int:
-    """HARD_SWISH(x) -> MUL(x, ADD(x, 3) with RELU6), the factor 1/6 left to the weights that follow.
+    """HARD_SWISH(x) -> MUL(x, ADD(x, 3) with RELU6), the factor 1/6 left to the weights that follow or, where its
+    output reaches something else than weights, to one more MUL.
 
     XNNPACK has no int8 HARD_SWISH; each one ends a delegated piece.
 
     Returns:
-        How many were rewritten. One whose output reaches something else than weights is left alone.
+        How many were rewritten.
     """
     graph = _Graph(model)
     rewritten = 0
-    three: int | None = None
     for position, operator in reversed(list(graph.operators("HARD_SWISH"))):
         x, y = int(operator.inputs[0]), int(operator.outputs[0])
-        if graph.tensor(x).type != _INT8 or not graph.can_scale(y):
+        if graph.tensor(x).type != _INT8:
             continue
-        if three is None:
-            three = graph.add_tensor("three", [1], 3 / 127, 0, np.array([127], np.int8))
-        gate = graph.add_tensor(f"hard_swish_gate_{position}", graph.tensor(x).shape, 6 / 255, -128)
-        graph.replace(
-            position,
-            [
-                graph.operator(_OPERATOR.ADD, 2, [x, three], gate, schema.AddOptionsT, _RELU6),
-                graph.operator(_OPERATOR.MUL, 2, [x, gate], y, schema.MulOptionsT, _NONE),
-            ],
-        )
-        graph.scale(y, 6.0)
+        shape, gate_name = graph.tensor(x).shape, f"hard_swish_gate_{position}"
+        gate = graph.add_tensor(gate_name, shape, 6 / 255, -128)
+        added = graph.operator(_OPERATOR.ADD, 2, [x, graph.constant(3.0)], gate, schema.AddOptionsT, _RELU6)
+        if graph.can_scale(y):
+            multiplied = [graph.operator(_OPERATOR.MUL, 2, [x, gate], y, schema.MulOptionsT, _NONE)]
+            graph.scale(y, 6.0)
+        else:
+            of_y = graph.tensor(y).quantization
+            product = graph.add_tensor(f"{gate_name}_product", shape, 6.0 * of_y.scale[0], of_y.zeroPoint[0])
+            multiplied = [
+                graph.operator(_OPERATOR.MUL, 2, [x, gate], product, schema.MulOptionsT, _NONE),
+                graph.operator(_OPERATOR.MUL, 2, [product, graph.constant(1 / 6)], y, schema.MulOptionsT, _NONE),
+            ]
+        graph.replace(position, [added, *multiplied])
         rewritten += 1
     return rewritten
 
@@ -119,6 +122,7 @@ class _Graph:
     def __init__(self, model: Any) -> None:
         self.model, self.subgraph = model, model.subgraphs[0]
         self.outputs = set(map(int, self.subgraph.outputs))
+        self._constants: dict[float, int] = {}
 
     def tensor(self, index: int) -> Any:
         return self.subgraph.tensors[index]
@@ -200,6 +204,13 @@ class _Graph:
             tensor.buffer = len(self.model.buffers) - 1
         self.subgraph.tensors.append(tensor)
         return len(self.subgraph.tensors) - 1
+
+    def constant(self, value: float) -> int:
+        """A tensor of one element, above 0."""
+        if value not in self._constants:
+            data = np.array([127], np.int8)
+            self._constants[value] = self.add_tensor(f"constant_{value:g}", [1], value / 127, 0, data)
+        return self._constants[value]
 
     def operator(
         self, code: int, version: int, inputs: list[int], output: int, options: Callable[[], Any], activation: int
