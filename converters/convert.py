@@ -105,7 +105,7 @@ def convert(
     for what, value in (("--input-size", input_size), ("--classes", classes)):
         if value is not None and value < 1:
             raise ConversionError(what, expected="1 or more", got=str(value), mend="give a whole number")
-    for what, number in (("--mean", mean), ("--std", std)):
+    for what, number in (("--mean", mean), ("--std", std), ("--alpha", alpha), ("--dropout", dropout)):
         if number is not None and (not math.isfinite(number) or (what == "--std" and number == 0)):
             raise ConversionError(what, expected="a finite number, not 0 for std", got=str(number), mend="mend it")
     if max_drop is not None and not (0 <= max_drop <= 1 and validation):

@@ -106,7 +106,7 @@ def bench(
 
     Raises:
         BundleError: a bundle cannot be read.
-        EdgekitError: no runtime is installed, or an argument does not fit.
+        EdgekitError: no runtime is installed, an argument does not fit, or nothing at all could be measured.
     """
     paths = [bundles] if isinstance(bundles, str | os.PathLike) else list(bundles)
     cores = len(os.sched_getaffinity(0))
@@ -129,10 +129,14 @@ def bench(
         for count in (counts if delegate == "cpu" else counts[:1])
         for file in files
     ]
+    inference = tuple(_inference(trials, seconds, progress))
+    if not any(row.latency_ms for row in inference):
+        reasons = dict.fromkeys(f"{row.runtime} with {row.delegate}: {row.problem}" for row in inference)
+        raise EdgekitError(f"nothing could be measured ({'; '.join(reasons)})", mend="try `edgekit inspect` on it")
     return Bench(
         machine=f"{platform.machine()} {_cpu()}".strip(),
         cores=cores,
-        inference=tuple(_inference(trials, seconds, progress)),
+        inference=inference,
         stages=tuple(_stages(file, min(seconds, 2.0)) for file in files),
     )
 

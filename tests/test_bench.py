@@ -44,9 +44,16 @@ def test_bench_takes_the_compiled_model_for_coral(models: Path, tmp_path: Path) 
     assert bench._model(file, "cpu").name == "door.tflite"
 
 
-def test_bench_of_a_model_that_is_no_classifier_and_does_not_run(vision_data: Path) -> None:
-    measured = edgekit.bench(vision_data / "model_invoking_error.tflite", delegates=["cpu"], threads=[1], seconds=0.1)
-    assert "custom op" in measured.inference[0].problem and "expected an image" in measured.stages[0].problem
+def test_bench_of_a_model_that_does_not_run_says_why(vision_data: Path) -> None:
+    with pytest.raises(EdgekitError, match=r"nothing could be measured \(.* with cpu: .*custom op"):
+        edgekit.bench(vision_data / "model_invoking_error.tflite", delegates=["cpu"], threads=[1], seconds=0.1)
+
+
+def test_bench_of_a_model_that_is_no_classifier_has_no_stages(vision_data: Path) -> None:
+    measured = edgekit.bench(
+        vision_data / "deeplabv3_mnv2_dm05_pascal_quant.tflite", delegates=["cpu"], threads=[1], seconds=0.1
+    )
+    assert measured.inference[0].latency_ms and "output: expected type" in measured.stages[0].problem
 
 
 @pytest.mark.parametrize(

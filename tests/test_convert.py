@@ -208,7 +208,14 @@ def test_options_that_do_not_fit_are_refused(convert: Any, models: Path, tmp_pat
         convert(tmp_path / "out.tflite", quantize="int8")
     with pytest.raises(ConversionError, match=r"ends in \.tflite"):
         convert(tmp_path / "out.bin")
-    for options in ({"mean": float("nan")}, {"std": 0}, {"std": float("inf")}, {"quantize": "int4"}, {"input_size": 0}):
+    for options in (
+        {"mean": float("nan")},
+        {"alpha": float("inf")},
+        {"std": 0},
+        {"std": float("inf")},
+        {"quantize": "int4"},
+        {"input_size": 0},
+    ):
         with pytest.raises(ConversionError, match=r"expected .* got|expected auto or"):
             convert(tmp_path / "out.tflite", **options)
     with pytest.raises(ConversionError, match="32 or more for a MobileNetV3"):
