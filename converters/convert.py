@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 _ROOT = str(Path(bundle.__file__).parents[1])
 
 Recipe = Literal["auto", "float32", "float16", "int8-weights", "dynamic", "int8", "int16x8"]
-CALIBRATED = ("int8", "int16x8")
 Progress = Callable[[str, int, int], None]
 
 
@@ -185,7 +184,7 @@ def _check(output: Path, quantize: str, calibrated: bool, target: str | None) ->
         raise ConversionError(
             f"quantize {quantize!r}", expected=" or ".join(get_args(Recipe)), mend="give one of these"
         )
-    if quantize in CALIBRATED and not calibrated:
+    if quantize in targets.CALIBRATED and not calibrated:
         raise ConversionError(
             f"{quantize} needs calibration data", mend="give --calibration a folder of 100 or more typical images"
         )

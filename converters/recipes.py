@@ -18,7 +18,7 @@ def convert(model: Any, recipe: str, calibration: Callable[[], Tensors] | None) 
     Args:
         model: a Keras model whose every shape is known.
         recipe: a name in ``RECIPES``.
-        calibration: gives the input tensors, each (1, ...); for the recipes in ``CALIBRATED``.
+        calibration: gives the input tensors, each (1, ...); for the recipes in ``targets.CALIBRATED``.
     """
     return RECIPES[recipe](tf.lite.TFLiteConverter.from_keras_model(model), calibration)
 
@@ -84,4 +84,3 @@ RECIPES: dict[str, Callable[[Any, Any], bytes]] = {
     "int8": _int8,
     "int16x8": _int16x8,
 }
-CALIBRATED = ("int8", "int16x8")

@@ -117,7 +117,7 @@ def _writable(value: Any) -> Any:
 def verdict(report: Report) -> str:
     """What came of the conversion, in one sentence."""
     manifest, recipe = report.manifest, report.manifest.quantization
-    target, reason = (getattr(manifest, name, "") for name in ("target", "quantization_reason"))
+    target, reason = manifest.target, manifest.quantization_reason
     what = recipe + (f" for {target}" if target else "") + (f" ({reason})" if reason else "")
     parts = []
     if size := report.sizes_bytes.get(recipe):
@@ -171,7 +171,6 @@ def _page(report: Report) -> str:
     shown = [] if figures is None or figures.multi_label else plots.most_confused(figures)
     return template.render(
         report=report,
-        target=getattr(report.manifest, "target", ""),
         verdict=verdict(report),
         classes=[] if figures is None else _worst_classes(figures, report.keras),
         shown=shown,

@@ -13,6 +13,8 @@ LATENCY = {
     "tflite-runtime": {"float16": 1.0, "int8-weights": 1.0, "dynamic": 14.0, "int8": 19.0, "int16x8": 36.0},
 }
 SLOW = 2.0
+# Recipes that need calibration data.
+CALIBRATED = ("int8", "int16x8")
 
 
 @dataclass(frozen=True)

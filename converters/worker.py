@@ -19,7 +19,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from edgekit.converters import data
+from edgekit.converters import data, targets
 from edgekit.converters.report import CalibrationSummary, Layer
 from edgekit.errors import EdgekitError
 from edgekit.manifest import Calibration, ImageInput, VerifiedOn
@@ -199,7 +199,7 @@ def _convert(job: Job, tell: Any) -> Result:
     _keras_outputs(classifier, compared, preprocess, folder, tell)
     if compared.class_ids is not None:
         np.save(folder / "class_ids.npy", compared.class_ids)
-    used = calibration if job.quantize in recipes.CALIBRATED else None
+    used = calibration if job.quantize in targets.CALIBRATED else None
     of_layers: tuple[Layer, ...] = ()
     if job.report:
         float32 = content if job.quantize == "float32" else recipes.convert(classifier.static, "float32", None)
