@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -15,7 +15,7 @@ Activation = Literal["softmax", "sigmoid", "none"]
 VerifiedOn = Literal["validation", "calibration", "noise"]
 
 
-class ImageInput(msgspec.Struct, frozen=True, kw_only=True):
+class ImageInput(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="image"):
     """How an 8-bit image becomes the input tensor: resized to ``size_wh`` without regard to its aspect ratio, in RGB
     (``channels`` 3) or grey (1), then ``(x - mean) / std`` per channel with x in 0..255."""
 
@@ -24,6 +24,51 @@ class ImageInput(msgspec.Struct, frozen=True, kw_only=True):
     resize: Resize = "bilinear"
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+
+class LogMel(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="log-mel"):
+    """How sound becomes a log-mel spectrogram, frames of ``num_mel_bins`` levels in dB:
+    ``10 log10(max((mel_filters @ |STFT|^2) ^ power, floor))``.
+
+    The STFT has a periodic Hann window of ``fft_samples`` every ``frame_hop_samples``, centred: frame i is about sample
+    ``i * frame_hop_samples``, and the sound is mirrored at its ends (librosa's ``center=True, pad_mode="reflect"``).
+
+    Attributes:
+        low_hz, high_hz: edges of the lowest and the highest of the triangular filters.
+        mel_scale, mel_norm: spacing and height of the filters: ``slaney`` (linear below 1 kHz; each of the same area)
+            is librosa's default, ``htk`` and ``none`` (each of height 1) its ``htk=True`` and ``norm=None``.
+        power: 1 for the mel power spectrogram itself, 2 where it is squared.
+        floor: lower limit before the logarithm.
+        range_db: levels further below the highest of the window are raised to that; None leaves them, as a stream must,
+            whose frames do not know what is yet to come.
+    """
+
+    fft_samples: Annotated[int, msgspec.Meta(ge=2, le=65_536)]
+    frame_hop_samples: Annotated[int, msgspec.Meta(ge=1, le=65_536)]
+    num_mel_bins: Annotated[int, msgspec.Meta(ge=1, le=1024)]
+    low_hz: float
+    high_hz: float
+    mel_scale: Literal["slaney", "htk"] = "slaney"
+    mel_norm: Literal["slaney", "none"] = "slaney"
+    power: float = 1.0
+    floor: float = 1e-10
+    range_db: float | None = None
+
+
+class AudioInput(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="audio"):
+    """How mono sound, samples in -1..1 at ``sample_rate_hz``, becomes the input tensor (1, num_mel_bins, frames, 1).
+
+    A prediction is about ``window_samples``, and there is none before so many were heard without a gap. The next one
+    comes ``hop_samples`` later. ``streaming``: the model is given the frames of each hop once, and keeps what it needs
+    of them in its states: input tensor i > 0 is what output tensor i gave in the call before, and zeros at first.
+    Otherwise it is given the frames of the whole window each time.
+    """
+
+    sample_rate_hz: Annotated[int, msgspec.Meta(ge=1000, le=384_000)]
+    window_samples: Annotated[int, msgspec.Meta(ge=1)]
+    hop_samples: Annotated[int, msgspec.Meta(ge=1)]
+    streaming: bool = False
+    front_end: LogMel
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,8 +128,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     schema: Literal["edgekit.bundle/1"] = SCHEMA
     name: str
     version: str
-    task: Literal["image-classification"] = "image-classification"
-    input: ImageInput
+    task: Literal["image-classification", "audio-tagging"] = "image-classification"
+    input: ImageInput | AudioInput
     output: Output
     quantization: str
     quantization_reason: str = ""
@@ -111,6 +156,8 @@ def decode(content: bytes, where: str) -> Manifest:
                 got=str(head.get("schema") if isinstance(head, dict) else head)[:80],
                 mend="upgrade edgekit or convert the model again",
             )
+        if isinstance(given := head.get("input"), dict):  # bundles of before there was sound do not say
+            given.setdefault("kind", "image")
         return msgspec.convert(head, Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BundleError(
