@@ -3,10 +3,14 @@ spectrogram -> tags, in the published size and in others of the same family."""
 
 from __future__ import annotations
 
+import hashlib
+import os
+from pathlib import Path
 from typing import Any, Literal
 
 import keras
 
+from edgekit.converters.weights import load_weights
 from edgekit.errors import ConversionError
 from edgekit.manifest import LogMel
 
@@ -16,6 +20,7 @@ BatchNormAxis = Literal["time", "frequency"]
 CHANNELS, POOLS = (64, 128, 128, 128), (2, 3, 4, 4)
 UNITS = 32
 EPSILON = 1e-3
+TOP = "output"
 SAMPLE_RATE_HZ = 12_000
 # 29.12 s at 12 kHz in 1,366 frames, as published: squared power, 80 dB below the loudest.
 FRAMES, MEL_BINS = 1366, 96
@@ -36,6 +41,10 @@ TAGS = (
     "experimental", "female vocalist", "guitar", "Hip-Hop", "70s", "party", "country", "easy listening", "sexy",
     "catchy", "funk", "electro", "heavy metal", "Progressive rock", "60s", "rnb", "indie pop", "sad", "House", "happy",
 )  # fmt: skip
+# What the author trained on the Million Song Dataset (github.com/keunwoochoi/music-auto_tagging-keras, MIT).
+WEIGHTS_FILE = "music_tagger_crnn_weights_tensorflow.h5"
+WEIGHTS_URL = f"https://github.com/keunwoochoi/music-auto_tagging-keras/raw/master/data/{WEIGHTS_FILE}"
+WEIGHTS_SHA256 = "df63638de9f3113780768181670c554f122fbd1297c63c065836d70a251115a8"
 
 
 @keras.saving.register_keras_serializable("edgekit")
@@ -90,7 +99,7 @@ def build(
         )(x)
     x = layers.Dropout(0.3, name="dropout")(x)
     if include_top:
-        x = layers.Dense(tags, activation="sigmoid", name="output")(x)
+        x = layers.Dense(tags, activation="sigmoid", name=TOP)(x)
     return keras.Model(given, x, name="music_tagger_crnn")
 
 
@@ -98,3 +107,51 @@ def padding(frames: int) -> tuple[int, int]:
     """How many frames of zeros come before and after ``frames`` to make a multiple of 96: 37 and 37 for 1,366."""
     missing = -frames % 96
     return missing // 2, missing - missing // 2
+
+
+def load(model: Any, weights: str) -> tuple[str, ...]:
+    """Loads ``weights``, ``msd`` or a file, into a model of :func:`build`.
+
+    Returns:
+        What was done to the weights that the user should know of.
+
+    Raises:
+        ConversionError: they cannot be had, or are not this model's.
+    """
+    return load_weights(model, published_weights() if weights == "msd" else Path(weights), top=TOP)
+
+
+def is_published(weights: str) -> bool:
+    """Whether ``weights``, a name or a file, are those that the author published, of his tags."""
+    return weights == "msd" or (Path(weights).is_file() and _sha256(Path(weights)) == WEIGHTS_SHA256)
+
+
+def published_weights() -> Path:
+    """The file of ``--weights msd``, in the folder of Keras's own downloads; fetched where it is not there.
+
+    Raises:
+        ConversionError: it cannot be fetched, or another file of that name is there.
+    """
+    folder = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models"
+    path = folder / WEIGHTS_FILE
+    if path.is_file():  # keras.utils.get_file would remove one that it does not know
+        if (found := _sha256(path)) != WEIGHTS_SHA256:
+            raise ConversionError(
+                f"weights {path}",
+                expected=f"the published file, sha256 {WEIGHTS_SHA256[:12]}…",
+                got=f"{found[:12]}…",
+                mend="remove it, or give it with --weights PATH if it is yours",
+            )
+        return path
+    try:
+        return Path(keras.utils.get_file(WEIGHTS_FILE, WEIGHTS_URL, file_hash=WEIGHTS_SHA256, cache_subdir="models"))
+    except Exception as error:
+        # Keras raises a bare Exception for a failed download.
+        raise ConversionError(
+            "the published weights of the CRNN cannot be had (no network?)",
+            mend=f"put the file {WEIGHTS_FILE} from {WEIGHTS_URL} into {folder}",
+        ) from error
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

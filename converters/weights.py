@@ -20,16 +20,21 @@ from edgekit.errors import ConversionError
 Layout = list[tuple[str, list[tuple[int, ...]]]]
 Arrays = list[npt.NDArray[Any]]
 
-# Keras 1 wrote the variance under the name running_std.
+# Keras 1 wrote the variance under the name running_std, and each gate of a GRU by itself.
 _BATCH_NORMALIZATION = {"gamma": 0, "beta": 1, "mean": 2, "variance": 3, "std": 3}
 _KIND = re.compile(rf"({'|'.join(_BATCH_NORMALIZATION)})(_\d+)?(:\d+)?$")
+_GATE = re.compile(r"_([WUb])_([zrh])(_\d+)?(:\d+)?$")
 
 
-def load_weights(model: Any, path: Path) -> tuple[str, ...]:
+def load_weights(model: Any, path: Path, top: str = "") -> tuple[str, ...]:
     """Loads the weights in a ``.weights.h5``, ``.keras`` or older ``.h5`` file into ``model``, checked layer by layer.
 
     An older file (Keras 1 and 2) may hold its kernels as (height, width, in, out), or as Theano did, (out, in, height,
-    width), which are transposed.
+    width), which are transposed. Those that Theano trained are turned: the file's attribute ``backend`` tells, and where
+    it has none, as before Keras 1.2, its name.
+
+    Args:
+        top: the layer that a file may have beyond those of a model without a top.
 
     Returns:
         What was done to the weights that the user should know of.
@@ -39,7 +44,7 @@ def load_weights(model: Any, path: Path) -> tuple[str, ...]:
     """
     if not path.is_file():
         raise ConversionError(
-            f"weights {path} do not exist", expected="none, imagenet or a .weights.h5, .keras or .h5 file"
+            f"weights {path} do not exist", expected="a name that --help has, or a .weights.h5, .keras or .h5 file"
         )
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -47,8 +52,8 @@ def load_weights(model: Any, path: Path) -> tuple[str, ...]:
             with h5py.File(file) as opened:
                 root = opened.get("model_weights", opened)
                 if _names(root, "layer_names"):
-                    return _load_legacy(model, root, path)
-            _load_keras3(model, file, path)
+                    return _load_legacy(model, root, path, top)
+            _load_keras3(model, file, path, top)
         except ConversionError:
             raise
         except Exception as error:
@@ -77,10 +82,14 @@ def _weights_file(path: Path, folder: Path) -> Path:
     return copy
 
 
-def _load_keras3(model: Any, file: Path, path: Path) -> None:
+def _load_keras3(model: Any, file: Path, path: Path, top: str) -> None:
     own = file.with_name("own.weights.h5")
     model.save_weights(own)
     found, expected = _keras3_layout(file), _keras3_layout(own)
+    found = {key: item for key, item in found.items() if key in expected or not top or item[0] != top}
+    missing = [layer for key, (layer, _) in expected.items() if key not in found]
+    if missing and found.keys() < expected.keys():
+        _refuse_count(missing[0], len(found), len(expected), path)
     # By position in the file, which is by class of layer; named by the model's own layers.
     names = {key: layer for key, (layer, _) in expected.items()}
     order = {key: n for n, key in enumerate(expected)}
@@ -96,17 +105,21 @@ def _keras3_layout(path: Path) -> dict[str, tuple[str, list[tuple[int, ...]]]]:
     def visit(key: str, item: Any) -> None:
         if isinstance(item, h5py.Group) and key.endswith("/vars") and len(item):
             shapes = [item[str(n)].shape for n in range(len(item))]
-            layout[key] = (_text(item.attrs.get("name", key)), shapes)
+            # A recurrent layer keeps them in its cell; all cells have the same name.
+            layer = file.get(key.replace("/cell/vars", "/vars"), item)
+            layout[key] = (_text(layer.attrs.get("name", key)), shapes)
 
     with h5py.File(path) as file:
         file.visititems(visit)
     return layout
 
 
-def _load_legacy(model: Any, root: Any, path: Path) -> tuple[str, ...]:
+def _load_legacy(model: Any, root: Any, path: Path, top: str) -> tuple[str, ...]:
     """Layer for layer, in the order of the file, as Keras 1 and 2 did."""
     saved = [(name, arrays) for name in _names(root, "layer_names") if (arrays := _arrays(root[name]))]
     layers = [layer for layer in model.layers if layer.weights]
+    if top and saved and saved[-1][0] == top != layers[-1].name:
+        saved.pop()
     # This order of a layer's weights is that of the format, whatever order the layer itself has.
     variables = [layer.trainable_weights + layer.non_trainable_weights for layer in layers]
     expected: Layout = [
@@ -125,20 +138,27 @@ def _load_legacy(model: Any, root: Any, path: Path) -> tuple[str, ...]:
     of_theano = fitting(transposed) > fitting(saved)
     chosen = transposed if of_theano else saved
     _check([(name, _shapes(arrays)) for name, arrays in chosen], expected, path)
-    turned = _text(root.attrs.get("backend", "")) == "theano"
+    backend = _text(root.attrs.get("backend", ""))
+    turned = backend == "theano" or (not backend and "theano" in path.name.lower())
+    told_by = "" if backend else ", as its name says: rename it if they were not"
     for layer, of_layer, (_, arrays) in zip(layers, variables, chosen, strict=True):
         for variable, array in zip(of_layer, arrays, strict=True):
             # Theano convolves where the others correlate.
             variable.assign(array[::-1, ::-1] if turned and _convolves(layer) and array.ndim == 4 else array)
     return (
         *([f"the kernels in {path} are (out, in, height, width): they were transposed"] * of_theano),
-        *([f"the kernels in {path} were trained with Theano: they were turned by 180 degrees"] * turned),
+        *([f"the kernels in {path} were trained with Theano{told_by}: they were turned by 180 degrees"] * turned),
     )
 
 
 def _arrays(group: Any) -> Arrays:
-    """The weights of a layer; those of a batch normalization as gamma, beta, mean, variance."""
+    """The weights of a layer; those of a batch normalization as gamma, beta, mean, variance, those of a GRU as kernel,
+    recurrent kernel, bias, each with its gates side by side: update (z), reset (r), candidate (h)."""
     names = _names(group, "weight_names")
+    gates = {match[1] + match[2]: name for name in names if (match := _GATE.search(name))}
+    if len(gates) == len(names) == 9:
+        joined = ([np.asarray(group[gates[weight + gate]]) for gate in "zrh"] for weight in "WUb")
+        return [np.concatenate(parts, axis=-1) for parts in joined]
     kinds = {name: _BATCH_NORMALIZATION[match[1]] for name in names if (match := _KIND.search(name))}
     if len(kinds) == len(names) == 4:
         names.sort(key=kinds.__getitem__)
@@ -179,15 +199,19 @@ def _check(found: Layout, expected: Layout, path: Path) -> None:
                 f"weights {path} do not fit: layer {layer}",
                 expected=" ".join(map(str, wanted)),
                 got=" ".join(map(str, shapes)),
-                mend="give weights of this model, and --labels or --classes and --input-size that go with them",
+                mend="give weights of this model, and --labels or --classes, --input-size, --mels or --frames that go with them",
             )
     if len(found) != len(expected):
-        raise ConversionError(
-            f"weights {path} do not fit",
-            expected=f"{len(expected)} layers with weights",
-            got=str(len(found)),
-            mend="give weights of this model",
-        )
+        _refuse_count(max(found, expected, key=len)[min(len(found), len(expected))][0], len(found), len(expected), path)
+
+
+def _refuse_count(layer: str, found: int, expected: int, path: Path) -> None:
+    raise ConversionError(
+        f"weights {path} do not fit: layer {layer} is {'beyond the model' if found > expected else 'not in the file'}",
+        expected=f"{expected} layers with weights",
+        got=str(found),
+        mend="give weights of this model",
+    )
 
 
 def _shapes(arrays: Arrays) -> list[tuple[int, ...]]:

@@ -44,6 +44,14 @@ def vision_data() -> Path:
     return DATA / "vision"
 
 
+@pytest.fixture(scope="session")
+def crnn_data() -> Path:
+    """The published weights of the music tagger and two of its author's clips."""
+    if not (DATA / "crnn").is_dir():
+        pytest.skip("no ../shared/data/crnn here")
+    return DATA / "crnn"
+
+
 def run_edgekit(*arguments: str | Path, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "edgekit", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, **options)
