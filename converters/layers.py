@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from edgekit.converters.report import Layer
 from edgekit.flatbuffer import Model, Operator, Tensor
-from edgekit.preprocess import dequantize, quantize
+from edgekit.quantization import dequantize, quantize
 
 # More frames make no other order of the layers.
 MAX_FRAMES = 32

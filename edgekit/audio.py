@@ -272,7 +272,11 @@ def read_audio(path: str | os.PathLike[str], sample_rate_hz: int) -> Iterator[Sa
         if not read:
             raise SourceError(f"{name} holds no sound", mend="give a wav, flac, mp3 or ogg that is whole")
         seconds, announced = read / file.samplerate, file.frames / file.samplerate
-        # libsndfile corrects a length that the file does not hold, and tells of it in its log alone.
+        if re.search(r"bitrate mode *: constant", file.extra_info):
+            announced = (
+                0.0  # such an mp3 announces no length: libsndfile guesses it from that of the file, tags and all
+            )
+        # A length that the file does not hold libsndfile corrects, and tells of it in its log alone.
         if damage or seconds < announced - 0.1 or re.search("should be|lacks an end", file.extra_info):
             logger.warning("%s ended after %.1f s: it may be cut short", name, seconds)
 

@@ -16,17 +16,13 @@ from pathlib import Path
 
 from edgekit import flatbuffer, manifest
 from edgekit.errors import BundleError, EdgekitError
-from edgekit.manifest import ImageInput, Manifest, Output
+from edgekit.manifest import AudioInput, ImageInput, Manifest, Output
+from edgekit.signature import check_audio_tagger, check_image_classifier
 
 logger = logging.getLogger(__name__)
 
 LABELS_NAME = "labels.txt"
 MANIFEST_NAME = "edgekit.json"
-
-
-# Beyond these a file is more likely damaged than meant.
-_MAX_SIDE_PX, _MAX_CLASSES = 16_384, 1_000_000
-_TYPES = ("float32", "uint8", "int8", "int16")
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,8 @@ class File:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An image classifier with all that is needed to run it, EdgeKit's own or any other ``.tflite``.
+    """A classifier with all that is needed to run it: EdgeKit's own, of images or sound, or any other ``.tflite`` that
+    names what is in an image.
 
     ``labels`` has one label per class, made up of the class number where the model has none; ``version`` is empty for a
     model without a manifest.
@@ -57,7 +54,7 @@ class Bundle:
     name: str
     version: str
     labels: tuple[str, ...]
-    input: ImageInput
+    input: ImageInput | AudioInput
     output: Output
 
 
@@ -94,25 +91,29 @@ def read_file(path: str | os.PathLike[str]) -> File:
 
 
 def read(path: str | os.PathLike[str], labels: str | os.PathLike[str] | None = None) -> Bundle:
-    """Reads and checks an image classifier.
+    """Reads and checks a classifier.
 
-    Without a manifest, the preprocessing comes from the TFLite Metadata, else from the input's type.
+    Without a manifest it is one of images, and the preprocessing comes from the TFLite Metadata, else from the input's
+    type.
 
     Args:
         path: the ``.tflite`` file.
         labels: a text file with one label a line, instead of the packed one.
 
     Raises:
-        BundleError: as :func:`read_file`, or it is no image classifier.
+        BundleError: as :func:`read_file`, or it is no classifier.
         EdgekitError: the labels cannot be read or are not as many as the classes.
     """
     return classifier(read_file(path), labels)
 
 
 def classifier(file: File, labels: str | os.PathLike[str] | None = None) -> Bundle:
-    """``file`` as an image classifier. Arguments and errors as :func:`read`."""
+    """``file`` as a classifier. Arguments and errors as :func:`read`."""
     model, of_bundle = file.model, file.manifest
-    classes = _check_classifier(model, file.path)
+    if of_bundle and isinstance(of_bundle.input, AudioInput):
+        classes = check_audio_tagger(model, of_bundle.input, file.path)
+    else:
+        classes = check_image_classifier(model, file.path)
     if labels:
         names = read_labels(labels, classes)
     elif label_file := (LABELS_NAME if LABELS_NAME in file.packed else model.label_file):
@@ -209,48 +210,6 @@ def _unpack(whole: bytes, where: str) -> tuple[dict[str, bytes], int]:
         raise BundleError(
             f"bundle {where}: its packed files cannot be read ({error})", mend="copy or convert it again"
         ) from error
-
-
-def _check_classifier(model: flatbuffer.Model, path: Path) -> int:
-    """The number of classes."""
-    if len(model.inputs) != 1 or len(model.outputs) != 1:
-        raise BundleError(
-            f"bundle {path} is no classifier",
-            expected="one input and one output",
-            got=f"{len(model.inputs)} and {len(model.outputs)}",
-            mend="give a model that maps an image to one score per class",
-        )
-    shape, scores = model.inputs[0].shape, model.outputs[0].shape
-    if len(shape) != 4 or shape[0] != 1 or shape[3] not in (1, 3):
-        raise BundleError(
-            f"bundle {path}: input",
-            expected="an image of shape (1, height, width, 1 or 3)",
-            got=str(shape),
-            mend="give an image classifier",
-        )
-    for which, tensor in (("input", model.inputs[0]), ("output", model.outputs[0])):
-        if tensor.dtype not in _TYPES:
-            raise BundleError(
-                f"bundle {path}: {which}",
-                expected=f"type {' or '.join(_TYPES)}",
-                got=tensor.dtype,
-                mend="give an image classifier",
-            )
-    if model.inputs[0].dynamic or not all(0 < side <= _MAX_SIDE_PX for side in shape[1:3]):
-        raise BundleError(
-            f"bundle {path}: input",
-            expected=f"a fixed height and width up to {_MAX_SIDE_PX}",
-            got=f"{shape}{' (left open)' if model.inputs[0].dynamic else ''}",
-            mend="convert it again with the size fixed",
-        )
-    if not scores or any(n != 1 for n in scores[:-1]) or not 0 < scores[-1] <= _MAX_CLASSES:
-        raise BundleError(
-            f"bundle {path}: output",
-            expected="one score per class, shape (1, classes)",
-            got=str(scores),
-            mend="give an image classifier",
-        )
-    return scores[-1]
 
 
 def _guess_input(model: flatbuffer.Model, path: Path) -> ImageInput:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from edgekit.errors import EdgekitError
 from edgekit.manifest import Output
-from edgekit.preprocess import dequantize
+from edgekit.quantization import dequantize
 
 
 class Prediction(msgspec.Struct, frozen=True):

@@ -70,6 +70,13 @@ class AudioInput(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", ta
     streaming: bool = False
     front_end: LogMel
 
+    @property
+    def shape_nhwc(self) -> tuple[int, int, int, int]:
+        """Of the input tensor, which holds the frames of a hop where ``streaming``, else those of the window."""
+        frame_hop = self.front_end.frame_hop_samples
+        frames = self.hop_samples // frame_hop if self.streaming else 1 + self.window_samples // frame_hop
+        return 1, self.front_end.num_mel_bins, frames, 1
+
 
 class Output(msgspec.Struct, frozen=True, kw_only=True):
     """What the output tensor holds. ``activation`` turns it into scores; ``in_graph`` says that the graph itself

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from edgekit.errors import BundleError, EdgekitError
 from edgekit.manifest import ImageInput
+from edgekit.quantization import quantize
 
 _INTERPOLATION = {
     "bilinear": cv2.INTER_LINEAR,
@@ -119,15 +120,3 @@ class ImagePreprocessor:
         small = self.resize(image, channel_order)
         tensor: npt.NDArray[Any] = cv2.LUT(small, self._table) if self._flip is None else small ^ self._flip
         return tensor.view(self.dtype).reshape(self.shape_nhwc)
-
-
-def quantize(real: npt.NDArray[Any], dtype: str, scale: float, zero_point: int) -> npt.NDArray[Any]:
-    """``real`` -> integers of ``dtype``. Halves go up, so that steps of equal size stay of equal size (to even, as
-    NumPy rounds, two neighbouring pixel values would share one integer and the next be skipped)."""
-    limits = np.iinfo(dtype)
-    quantized = np.floor(real / scale + zero_point + 0.5)
-    return np.clip(quantized, limits.min, limits.max).astype(dtype)
-
-
-def dequantize(quantized: npt.NDArray[Any], scale: float, zero_point: int) -> npt.NDArray[np.float32]:
-    return (quantized.astype(np.float32) - np.float32(zero_point)) * np.float32(scale)

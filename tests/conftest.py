@@ -52,14 +52,6 @@ def crnn_data() -> Path:
     return DATA / "crnn"
 
 
-@pytest.fixture(scope="session")
-def crnn_data() -> Path:
-    """The music tagger's weights and two of its inputs, by its author."""
-    if not (DATA / "crnn").is_dir():
-        pytest.skip("no ../shared/data/crnn here")
-    return DATA / "crnn"
-
-
 def run_edgekit(*arguments: str | Path, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "edgekit", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, **options)

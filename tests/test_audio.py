@@ -111,7 +111,7 @@ def test_samples_that_do_not_fit_are_an_error(samples: np.ndarray, complaint: st
 
 @pytest.mark.parametrize(("field", "value"), [("high_hz", 6001), ("low_hz", 6000), ("floor", 0), ("power", -1)])
 def test_parameters_that_do_not_fit_are_an_error(field: str, value: float) -> None:
-    with pytest.raises(EdgekitError, match="expected .* got"):
+    with pytest.raises(EdgekitError, match=r"expected .* got"):
         LogMelFrontEnd(msgspec.structs.replace(PUBLISHED, **{field: value}), RATE_HZ)
 
 
@@ -135,7 +135,7 @@ def test_file_is_read_mono_at_the_rate_asked_for(tone: Any, suffix: str, rate_hz
     assert read.dtype == np.float32 and abs(len(read) - 3 * RATE_HZ) < 5
     spectrum = np.abs(np.fft.rfft(read[:RATE_HZ]))
     assert spectrum.argmax() == 440
-    assert np.abs(read[2000:-2000]).max() == pytest.approx(0.25, abs=0.02)  # the mean of both channels
+    assert np.abs(read[2000:-2000]).max() == pytest.approx(0.25, abs=0.03)  # the mean of both channels
 
 
 def test_file_of_the_same_rate_is_read_sample_by_sample(tmp_path: Path) -> None:
@@ -146,8 +146,9 @@ def test_file_of_the_same_rate_is_read_sample_by_sample(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".mp3", ".ogg"])
-def test_file_cut_short_gives_what_is_there_and_a_warning(tone: Any, suffix: str, caplog: Any) -> None:
-    path = tone(suffix, 44_100)
+def test_file_cut_short_gives_what_is_there_and_a_warning(tmp_path: Path, suffix: str, caplog: Any) -> None:
+    path = tmp_path / f"noise{suffix}"
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.1, 0.1, (44_100 * 3, 2)), 44_100)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     read = np.concatenate(list(read_audio(path, RATE_HZ)))
     assert 0.3 * RATE_HZ < len(read) < 2.9 * RATE_HZ
@@ -178,7 +179,7 @@ def test_file_without_samples_is_an_error(tmp_path: Path) -> None:
 
 def test_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "soxr", None)
-    with pytest.raises(EdgekitError, match="needs the package soxr .*; pip install soxr"):
+    with pytest.raises(EdgekitError, match=r"needs the package soxr .*; pip install soxr"):
         Resampler(48_000, RATE_HZ)
 
 
@@ -204,11 +205,11 @@ def test_three_hours_of_sound_take_no_more_memory_than_a_minute(tmp_path: Path) 
 
 
 def test_log_mel_resembles_that_of_the_author(crnn_data: Path) -> None:
-    """His decoder and resampler were others."""
+    """His decoder began 150 samples later, and his resampler was another."""
     clip = np.concatenate(list(read_audio(crnn_data / "bensound-cute.mp3", RATE_HZ)))
-    start = (len(clip) - 349_440) // 2
+    start = (len(clip) - 349_440) // 2 + 150
     levels = LogMelFrontEnd(PUBLISHED, RATE_HZ)(clip[start : start + 349_440])
     author = np.load(crnn_data / "bensound-cute.npy")[0, 0]
-    assert levels.shape == author.shape
-    difference = np.abs(levels - author)
-    assert np.median(difference) < 0.5
+    assert levels.shape == author.shape and levels.max() == pytest.approx(author.max(), abs=0.1)
+    difference = np.abs(levels - author)[author > author.min() + 1]
+    assert np.median(difference) < 0.2 and difference.mean() < 0.3

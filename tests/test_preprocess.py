@@ -8,7 +8,8 @@ import pytest
 
 from edgekit.errors import BundleError, EdgekitError
 from edgekit.manifest import ImageInput
-from edgekit.preprocess import ImagePreprocessor, dequantize, quantize
+from edgekit.preprocess import ImagePreprocessor
+from edgekit.quantization import dequantize, quantize
 
 INPUT = ImageInput(size_wh=(24, 16), mean=(127.5,), std=(127.5,))
 IMAGE = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
