@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -45,12 +47,40 @@ def scores(raw: npt.NDArray[Any], output: Output, scale: float = 0.0, zero_point
     return values
 
 
+# In a mapping of thresholds: all labels that it does not name.
+OTHERS = "*"
+# The lowest score of a class that is named: one for all, or by label.
+Threshold = float | Mapping[str, float]
+
+
+def thresholds(threshold: Threshold, labels: tuple[str, ...]) -> npt.NDArray[np.float32]:
+    """The lowest score of each class that is named, (classes,). A mapping gives it by label; ``"*"`` stands for all
+    that it does not name, whose threshold is 0 without it.
+
+    Raises:
+        EdgekitError: a score is not in 0..1, or a label is none of the model's.
+    """
+    by_label = dict(threshold) if isinstance(threshold, Mapping) else {OTHERS: threshold}
+    for label, score in by_label.items():
+        if label != OTHERS and label not in labels:
+            close = difflib.get_close_matches(label, labels) or labels[:5]
+            raise EdgekitError(
+                f"threshold {label}={score:g}", expected="a label of the model", mend=f"try {' or '.join(close)}"
+            )
+        if not 0 <= score <= 1:
+            raise EdgekitError("threshold", expected="a score from 0 to 1", got=str(score), mend="give one")
+    others = by_label.get(OTHERS, 0.0)
+    return np.array([by_label.get(label, others) for label in labels], np.float32)
+
+
 def top(
-    class_scores: npt.NDArray[np.float32], labels: tuple[str, ...], threshold: float = 0.0, top_k: int = 3
+    class_scores: npt.NDArray[np.float32],
+    labels: tuple[str, ...],
+    threshold: float | npt.NDArray[np.float32] = 0.0,
+    top_k: int = 3,
 ) -> list[Prediction]:
-    """The ``top_k`` highest of ``class_scores`` (classes,) that reach ``threshold``, highest first; of equal scores the
-    lower class number first."""
-    order = np.argsort(-class_scores, kind="stable")[:top_k]
-    return [
-        Prediction(int(i), labels[i], round(float(class_scores[i]), 6)) for i in order if class_scores[i] >= threshold
-    ]
+    """The ``top_k`` highest of ``class_scores`` (classes,) that reach ``threshold``, one for all or (classes,), highest
+    first; of equal scores the lower class number first."""
+    named = np.flatnonzero(class_scores >= threshold)
+    order = named[np.argsort(-class_scores[named], kind="stable")[:top_k]]
+    return [Prediction(int(i), labels[i], round(float(class_scores[i]), 6)) for i in order]

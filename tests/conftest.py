@@ -119,6 +119,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sound_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what make_sound.py writes: window.tflite and stream.tflite. As ``models`` without TensorFlow."""
+    given = os.environ.get("EDGEKIT_TEST_MODELS")
+    folder = Path(given) if given else tmp_path_factory.mktemp("models")
+    if not (folder / "stream.tflite").exists():
+        pytest.importorskip("tensorflow", reason="needs TensorFlow, or models in EDGEKIT_TEST_MODELS")
+        folder.mkdir(parents=True, exist_ok=True)
+        script = Path(__file__).with_name("make_sound.py")
+        subprocess.run([sys.executable, script, folder], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A MobileNetV3-Small trained on handwritten digits, with its data: see examples/train_digits.py."""
     pytest.importorskip("tensorflow")
