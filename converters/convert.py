@@ -19,12 +19,12 @@ import msgspec
 import numpy as np
 
 from edgekit import bundle, sandbox
-from edgekit.converters import edgetpu, measure, metadata, metrics, targets, verify
+from edgekit.converters import edgetpu, kinds, measure, metadata, metrics, targets, verify
 from edgekit.converters import report as reports
 from edgekit.converters.data import Dataset
 from edgekit.converters.targets import Choice
-from edgekit.converters.verify import Verified
-from edgekit.converters.worker import Event, Head, Job, Result
+from edgekit.converters.verify import Compared, UnfaithfulError, Verified
+from edgekit.converters.worker import SOUND, BatchNormAxis, Event, Head, Job, Result
 from edgekit.coverage import Coverage
 from edgekit.errors import ConversionError
 from edgekit.flatbuffer import Model
@@ -62,18 +62,27 @@ def convert(
     head: Head = "classes",
     mean: float | None = None,
     std: float | None = None,
+    mels: int | None = None,
+    frames: int | None = None,
+    bn_axis: BatchNormAxis | None = None,
+    streaming: bool = False,
+    exact: bool = False,
+    hop: float | None = None,
     name: str | None = None,
     version: str = "1",
     progress: Progress = lambda *_: None,
 ) -> Manifest:
-    """Converts a Keras classifier into a bundle, and proves what it lost.
+    """Converts a Keras classifier of images, or a music tagger, into a bundle, and proves what it lost.
 
     Args:
-        model: ``mobilenet-v3-small``, ``mobilenet-v3-large``, or the path of a ``.keras``, ``.h5`` or SavedModel.
+        model: ``mobilenet-v3-small``, ``mobilenet-v3-large``, ``crnn``, or the path of an image classifier: a
+            ``.keras``, ``.h5`` or SavedModel.
         output: the ``.tflite`` to write; nothing is written if anything fails.
-        weights: of a named model: ``none`` (random), ``imagenet``, or a ``.weights.h5``, ``.keras`` or ``.h5`` file.
-        labels: a text file with one label a line.
-        calibration: a folder of images, or an ``.npy`` or ``.npz`` (``x``), that fixes the int8 ranges.
+        weights: of a named model: ``none`` (random), ``imagenet``, for a CRNN ``msd``, or a ``.weights.h5``, ``.keras``
+            or ``.h5`` file.
+        labels: a text file with one label a line; by default those of the weights ``msd``, or none.
+        calibration: a folder of images, or of audio files or log-mels, or an ``.npy`` or ``.npz`` (``x``), that fixes
+            the int8 ranges.
         validation: labelled data: a folder per class, or an ``.npz`` with ``x`` and ``y``; ``y`` holds class numbers,
             shape (n,), or for a model of several labels at once 0 or 1, shape (n, classes).
         quantize: the recipe; ``auto`` chooses it by ``target``.
@@ -89,6 +98,13 @@ def convert(
         head: of a named model: ``classes``, or ``attention``: channels gated by their global average, for defects.
         mean, std: a pixel x in 0..255 enters the model as ``(x - mean) / std``. By default 0 and 1 for a model that
             normalizes for itself, else 127.5 and 127.5.
+        mels, frames: of a CRNN: size of the log-mel spectrogram of a window, 96 x 1366 by default.
+        bn_axis: of a CRNN: what its first normalization is over, ``time`` as published, or ``frequency``, which can be
+            streamed and is the default with ``streaming``.
+        streaming: of a CRNN: the bundle is given what is new of the sound only, and keeps what it needs of the rest.
+        exact: with ``streaming``: the scores are those of the padded window, for somewhat more work.
+        hop: of a CRNN: seconds from one prediction to the next, half a window by default; a streaming bundle has its
+            own.
         name, version: the bundle's; the name of ``output`` and ``1`` by default.
         progress: called with a stage's name, how much of it is done, and of how much (0: unknown).
 
@@ -100,10 +116,37 @@ def convert(
         EdgekitError: the labels cannot be read, or ``output`` cannot be written.
     """
     output = Path(output)
-    _check(output, quantize, calibration is not None, target)
-    for what, value in (("--input-size", input_size), ("--classes", classes)):
+    _check(output, quantize, calibration is not None, target, "clips" if os.fspath(model) == SOUND else "images")
+    of_images = {
+        "--input-size": input_size,
+        "--alpha": None if alpha == 1 else alpha,
+        "--minimalistic": minimalistic or None,
+        "--dropout": dropout,
+        "--head": None if head == "classes" else head,
+        "--mean": mean,
+        "--std": std,
+    }
+    of_sound = {
+        "--mels": mels,
+        "--frames": frames,
+        "--bn-axis": bn_axis,
+        "--streaming": streaming or None,
+        "--exact": exact or None,
+        "--hop": hop,
+    }
+    _check_kind(os.fspath(model), of_images, of_sound)
+    for what, value in (
+        ("--input-size", input_size),
+        ("--classes", classes),
+        ("--mels", mels),
+        ("--frames", frames),
+    ):
         if value is not None and value < 1:
             raise ConversionError(what, expected="1 or more", got=str(value), mend="give a whole number")
+    if hop is not None and not (math.isfinite(hop) and hop > 0):
+        raise ConversionError(
+            f"--hop {hop:g}", expected="seconds above 0", mend="give 0.5 for two predictions a second"
+        )
     for what, number in (("--mean", mean), ("--std", std), ("--alpha", alpha), ("--dropout", dropout)):
         if number is not None and (not math.isfinite(number) or (what == "--std" and number == 0)):
             raise ConversionError(what, expected="a finite number, not 0 for std", got=str(number), mend="mend it")
@@ -131,6 +174,12 @@ def convert(
         classes=classes,
         mean=mean,
         std=std,
+        mels=mels,
+        frames=frames,
+        bn_axis=bn_axis,
+        streaming=streaming,
+        exact=exact,
+        hop=hop,
         report=report is not None,
     )
     choices = [Choice(quantize, "")] if quantize != "auto" else targets.choose(target, calibration is not None)
@@ -144,13 +193,14 @@ def convert(
             try:
                 converted = _convert(job, name or output.stem, version, max_drop, progress)
                 break
-            except TooMuchLostError as error:
+            except (TooMuchLostError, UnfaithfulError) as error:
                 if choice is choices[-1]:
                     raise
                 logger.warning("%s", error)
         of_bundle = Manifest(
             name=name or output.stem,
             version=version,
+            task="audio-tagging" if job.model == SOUND else "image-classification",
             input=converted.result.input,
             output=converted.output,
             quantization=choice.recipe,
@@ -167,12 +217,21 @@ def convert(
             logger.warning("%s was compiled from an earlier bundle: compile it again, or remove it", beside)
         if report is not None:
             reports.write(Path(report), _report(converted, of_bundle, compiled, progress))
-        temporary.write_bytes(bundle.pack(converted.content, of_bundle, labels_given))
+        temporary.write_bytes(bundle.pack(converted.content, of_bundle, converted.result.labels))
         bundle.read(temporary)
     return of_bundle
 
 
-def _check(output: Path, quantize: str, calibrated: bool, target: str | None) -> None:
+def _check_kind(model: str, of_images: dict[str, object], of_sound: dict[str, object]) -> None:
+    """Refuses options that belong to another kind of model; one that is not given is None."""
+    foreign, kind = (of_images, "images") if model == SOUND else (of_sound, "sound")
+    if given := [option for option, value in foreign.items() if value is not None]:
+        raise ConversionError(f"{given[0]} is for models of {kind}", got=f"model {model}", mend="leave it out")
+    if of_sound["--exact"] and not of_sound["--streaming"]:
+        raise ConversionError("--exact is a way of streaming", mend="give --streaming too, or leave it out")
+
+
+def _check(output: Path, quantize: str, calibrated: bool, target: str | None, things: str) -> None:
     if output.suffix != ".tflite" or output.is_dir():
         raise ConversionError(
             f"output {output}",
@@ -186,7 +245,7 @@ def _check(output: Path, quantize: str, calibrated: bool, target: str | None) ->
         )
     if quantize in targets.CALIBRATED and not calibrated:
         raise ConversionError(
-            f"{quantize} needs calibration data", mend="give --calibration a folder of 100 or more typical images"
+            f"{quantize} needs calibration data", mend=f"give --calibration a folder of 100 or more typical {things}"
         )
     if target and quantize == "auto":
         targets.find(target)
@@ -215,17 +274,26 @@ def _convert(job: Job, name: str, version: str, max_drop: float | None, progress
     for warning in result.warnings:
         logger.warning("%s", warning)
     path = folder / "model.tflite"
-    content = metadata.attach(path.read_bytes(), result.input, name=name, version=version, labelled=bool(job.labels))
+    labelled = bool(result.labels)
+    states = len(Model(path.read_bytes()).inputs) - 1
+    content = metadata.attach(
+        path.read_bytes(), result.input, name=name, version=version, labelled=labelled, states=states
+    )
     path.write_bytes(content)
     output = bundle.guess_output(Model(content))
     truth = np.load(folder / "class_ids.npy") if (folder / "class_ids.npy").exists() else None
     if truth is not None and truth.ndim == 2 and not output.multi_label:
         truth = truth.argmax(1)  # one label each: the scores only looked like those of several at once
-    compared = Dataset(np.load(folder / f"{result.data}.npy", mmap_mode="r"), truth, "")
-    labels = job.labels or tuple(f"class {number}" for number in range(result.classes))
-    verified = verify.verify(
-        path, result.input, output, compared, np.load(folder / "keras.npy"), result.data, labels, progress
+    labels = result.labels or tuple(f"class {number}" for number in range(result.classes))
+    compared = Compared(
+        dataset=Dataset(np.load(folder / "compared.npy", mmap_mode="r"), truth, ""),
+        copies=result.copies,
+        keras_outputs=np.load(folder / "keras.npy"),
+        features_sqnr_db=result.features_sqnr_db,
+        data=result.data,
+        labels=labels,
     )
+    verified = verify.verify(path, kinds.of(result.input), output, compared, progress)
     for runtime, check in verified.runtimes.items():
         if check.status in ("failed", "differs"):
             logger.warning("%s %s: %s", runtime, check.status, check.detail)

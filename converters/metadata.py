@@ -13,22 +13,28 @@ from ai_edge_litert import schema_py_generated as schema
 
 from edgekit.bundle import LABELS_NAME, MANIFEST_NAME
 from edgekit.converters import rewrite
-from edgekit.manifest import ImageInput
+from edgekit.manifest import AudioInput, ImageInput
 
 METADATA_NAME = "TFLITE_METADATA"
 IDENTIFIER = b"M001"
 
 _RGB, _GRAYSCALE = 1, 2  # ColorSpaceType
-_FEATURE_PROPERTIES, _IMAGE_PROPERTIES = 1, 2  # ContentProperties
+_FEATURE_PROPERTIES, _IMAGE_PROPERTIES, _AUDIO_PROPERTIES = 1, 2, 4  # ContentProperties
 _NORMALIZATION_OPTIONS = 1  # ProcessUnitOptions
 _UNKNOWN, _TENSOR_AXIS_LABELS = 0, 2  # AssociatedFileType
 
 
-def attach(content: bytes, input: ImageInput, *, name: str, version: str, labelled: bool) -> bytes:
-    """``content``, a TFLite flatbuffer, with metadata that tells its input, its normalization and its packed files."""
+def attach(
+    content: bytes, input: ImageInput | AudioInput, *, name: str, version: str, labelled: bool, states: int = 0
+) -> bytes:
+    """``content``, a TFLite flatbuffer, with metadata that tells its input, its normalization and its packed files.
+
+    Args:
+        states: how many tensors a streaming model has beside its input and its scores, on either side.
+    """
     model = rewrite.load(content)
     buffer = schema.BufferT()
-    buffer.data = np.frombuffer(_metadata(input, name, version, labelled), np.uint8)
+    buffer.data = np.frombuffer(_metadata(input, name, version, labelled, states), np.uint8)
     model.buffers.append(buffer)
     entry = schema.MetadataT()
     entry.name, entry.buffer = METADATA_NAME, len(model.buffers) - 1
@@ -36,7 +42,7 @@ def attach(content: bytes, input: ImageInput, *, name: str, version: str, labell
     return rewrite.save(model)
 
 
-def _metadata(input: ImageInput, name: str, version: str, labelled: bool) -> bytes:
+def _metadata(input: ImageInput | AudioInput, name: str, version: str, labelled: bool, states: int) -> bytes:
     builder = flatbuffers.Builder(1024)
 
     def string(text: str) -> int:
@@ -70,31 +76,50 @@ def _metadata(input: ImageInput, name: str, version: str, labelled: bool) -> byt
     def file(file_name: str, description: str, kind: int) -> int:
         return table(5, o0=string(file_name), o1=string(description), b2=kind)
 
-    normalization = table(2, o0=floats(input.mean), o1=floats(input.std))
-    unit = table(2, b0=_NORMALIZATION_OPTIONS, o1=normalization)
-    size = table(2, u0=input.size_wh[0], u1=input.size_wh[1])
-    image = table(2, b0=_RGB if input.channels == 3 else _GRAYSCALE, o1=size)
-    given = table(
-        7,
-        o0=string("image"),
-        o1=string("Input image, resized to the size of the tensor."),
-        o3=table(3, b0=_IMAGE_PROPERTIES, o1=image),
-        o4=tables([unit]),
-        o5=table(
-            2,
-            o0=floats(tuple((255 - m) / s for m, s in zip(input.mean, input.std, strict=True))),
-            o1=floats(tuple(-m / s for m, s in zip(input.mean, input.std, strict=True))),
-        ),
-    )
+    def image(input: ImageInput) -> int:
+        normalization = table(2, o0=floats(input.mean), o1=floats(input.std))
+        unit = table(2, b0=_NORMALIZATION_OPTIONS, o1=normalization)
+        size = table(2, u0=input.size_wh[0], u1=input.size_wh[1])
+        properties = table(2, b0=_RGB if input.channels == 3 else _GRAYSCALE, o1=size)
+        return table(
+            7,
+            o0=string("image"),
+            o1=string("Input image, resized to the size of the tensor."),
+            o3=table(3, b0=_IMAGE_PROPERTIES, o1=properties),
+            o4=tables([unit]),
+            o5=table(
+                2,
+                o0=floats(tuple((255 - m) / s for m, s in zip(input.mean, input.std, strict=True))),
+                o1=floats(tuple(-m / s for m, s in zip(input.mean, input.std, strict=True))),
+            ),
+        )
+
+    def sound(input: AudioInput) -> int:
+        what = "of what is new of the sound" if input.streaming else f"of {input.window_samples} samples"
+        properties = table(2, u0=input.sample_rate_hz, u1=1)
+        return table(
+            7,
+            o0=string("log_mel"),
+            o1=string(f"Log-mel spectrogram in dB {what}; {MANIFEST_NAME} has its parameters."),
+            o3=table(3, b0=_AUDIO_PROPERTIES, o1=properties),
+        )
+
+    def state(number: int) -> int:
+        what = f"State {number}: what it gave in the call before, zeros at first."
+        return table(7, o0=string(f"state_{number}"), o1=string(what), o3=table(3, b0=_FEATURE_PROPERTIES, o1=table(0)))
+
+    is_image = isinstance(input, ImageInput)
+    given = image(input) if isinstance(input, ImageInput) else sound(input)
     scores: dict[str, Any] = {"o3": table(3, b0=_FEATURE_PROPERTIES, o1=table(0))}
     if labelled:
         scores["o6"] = tables([file(LABELS_NAME, "Labels of the classes, one a line.", _TENSOR_AXIS_LABELS)])
     made = table(7, o0=string("probability"), o1=string("Score of each class."), **scores)
-    subgraph = table(9, o2=tables([given]), o3=tables([made]))
+    kept = [[state(number) for number in range(1, states + 1)] for _ in range(2)]
+    subgraph = table(9, o2=tables([given, *kept[0]]), o3=tables([made, *kept[1]]))
     root = table(
         8,
         o0=string(name),
-        o1=string("Image classifier."),
+        o1=string("Image classifier." if is_image else "Sound tagger."),
         o2=string(version),
         o3=tables([subgraph]),
         o6=tables([file(MANIFEST_NAME, "EdgeKit's manifest.", _UNKNOWN)]),

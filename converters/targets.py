@@ -71,7 +71,7 @@ def choose(target: str | None, calibrated: bool) -> list[Choice]:
         if not calibrated:
             raise ConversionError(
                 f"target {target} needs calibration data: its Edge TPU runs int8 graphs only",
-                mend="give --calibration a folder of 100 or more typical images",
+                mend="give --calibration a folder of 100 or more typical images or clips",
             )
         return [Choice("int8", f"the Edge TPU of {target} runs int8 graphs only")]
     if device.accelerator == "gpu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,17 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from edgekit import runtimes
+from edgekit.converters import fidelity
 from edgekit.converters.data import Dataset, allocate
+from edgekit.converters.kinds import Kind
 from edgekit.converters.metrics import Figures, figures
 from edgekit.decode import NotFiniteError, scores
 from edgekit.errors import ConversionError
 from edgekit.flatbuffer import Model
-from edgekit.manifest import ImageInput, Output, RuntimeCheck, Verification, VerifiedOn
-from edgekit.preprocess import ImagePreprocessor
+from edgekit.manifest import Output, RuntimeCheck, Verification, VerifiedOn
 from edgekit.sandbox import Sandbox, SandboxError
 
 logger = logging.getLogger(__name__)
@@ -29,6 +32,33 @@ logger = logging.getLogger(__name__)
 MAX_RELATIVE_DIFFERENCE = 0.1
 # Below this the bundle is hardly the model that was converted.
 LOW_AGREEMENT = 0.95
+
+Scores = npt.NDArray[np.float32]
+
+
+class UnfaithfulError(ConversionError):
+    """The bundle loads, and is not the model that was converted in any runtime."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a bundle is held against.
+
+    Attributes:
+        dataset: the items, with their classes where they are labelled.
+        copies: so many of the last items are copies of the others, to judge by, with no part in the figures.
+        keras_outputs: of the Keras model on the items, shape (n, classes).
+        features_sqnr_db: how well the part before the one that saturates holds against the Keras model's.
+        data: which data it is.
+        labels: names of the classes.
+    """
+
+    dataset: Dataset
+    copies: int
+    keras_outputs: Scores
+    features_sqnr_db: float | None
+    data: VerifiedOn
+    labels: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -47,36 +77,86 @@ class Verified:
 
 
 def verify(
-    model_path: Path,
-    input: ImageInput,
-    output: Output,
-    compared: Dataset,
-    keras_outputs: npt.NDArray[np.float32],
-    data: VerifiedOn,
-    labels: tuple[str, ...],
-    progress: Callable[[str, int, int], None],
+    model_path: Path, kind: Kind, output: Output, compared: Compared, progress: Callable[[str, int, int], None]
 ) -> Verified:
     """Runs ``compared`` through the model in each runtime, by the device's own preprocessing and decoding.
 
-    Args:
-        keras_outputs: of the Keras model on the same data, shape (n, classes).
-        data: which data it is, for :class:`Verification`.
-        labels: names of the classes.
-
     Raises:
-        ConversionError: no runtime gives the outputs of the Keras model.
+        ConversionError: the model runs in no runtime; or, an :class:`UnfaithfulError`, none gives the outputs of the
+            Keras model.
     """
+    found, checks = _run(model_path, kind, output, compared.dataset, progress)
+    if not found:
+        reasons = "; ".join(f"{name}: {check.detail}" for name, check in checks.items())
+        raise ConversionError(
+            f"the converted model runs in no TFLite runtime ({reasons})", mend="try another --quantize"
+        )
+    keras_scores = scores(compared.keras_outputs, output)
+    count = len(keras_scores) - compared.copies
+    reference = min(found, key=lambda name: float(np.abs(found[name] - keras_scores).mean()))
+    for name, values in found.items():
+        if kind.saturates and compared.data != "noise":
+            judged = fidelity.judge(values, keras_scores, count)
+            agreement, within, problem = judged.first, round(judged.within, 6), judged.problem
+        else:
+            difference = relative_difference(values, found[reference])
+            agreement, within = agree(values, keras_scores, output), None
+            same = difference <= MAX_RELATIVE_DIFFERENCE
+            problem = "" if same else f"its outputs are {difference:.0%} off those of {reference}"
+        checks[name] = msgspec.structs.replace(
+            checks[name],
+            status="differs" if problem else "ok",
+            max_abs_difference=round(float(np.abs(values - keras_scores)[:count].max()), 6),
+            top1_agreement=round(agreement, 6),
+            within_0_03=within,
+            detail=problem and f"{problem}: do not use it there",
+        )
+    preferred = next((name for name, check in checks.items() if check.status == "ok"), "")
+    if not preferred:
+        reasons = "; ".join(f"{name}: {checks[name].detail}" for name in found)
+        raise UnfaithfulError(
+            f"the converted model is not the Keras model any more ({reasons})",
+            mend="try another --quantize: float16 and int8-weights lose least",
+        )
+    keras_scores, kept = keras_scores[:count], found[preferred][:count]
+    agreement = checks[preferred].top1_agreement or 0.0
+    if compared.data != "noise" and agreement < LOW_AGREEMENT:
+        logger.warning("the bundle agrees with the Keras model on %.1f %% only", 100 * agreement)
+    truth = compared.dataset.class_ids
+    of_keras, of_bundle = (
+        None if truth is None else figures(values, truth, compared.labels, output.multi_label)
+        for values in (keras_scores, kept)
+    )
+    verification = Verification(
+        data=compared.data,
+        count=count,
+        top1_agreement=None if compared.data == "noise" else agreement,
+        mean_abs_difference=round(float(np.abs(kept - keras_scores).mean()), 6),
+        max_abs_difference=checks[preferred].max_abs_difference,
+        copies=compared.copies,
+        within_0_03=checks[preferred].within_0_03,
+        features_sqnr_db=None if compared.features_sqnr_db is None else round(compared.features_sqnr_db, 2),
+        **_accuracy(of_bundle, ""),
+        **_accuracy(of_keras, "_keras"),
+    )
+    return Verified(checks, verification, preferred, of_bundle, of_keras)
+
+
+def _run(
+    model_path: Path, kind: Kind, output: Output, dataset: Dataset, progress: Callable[[str, int, int], None]
+) -> tuple[dict[str, Scores], dict[str, RuntimeCheck]]:
+    """Scores in each runtime that runs the model, by its name; and what became of it in each."""
     model = Model(model_path.read_bytes(), str(model_path))
     given, made = model.inputs[0], model.outputs[0]
     quantization = (given.scale[0], given.zero_point[0]) if given.scale else (0.0, 0)
-    preprocess = ImagePreprocessor(input, given.dtype, *quantization)
     inputs = model_path.parent / "inputs.npy"
-    tensors = allocate(inputs, given.dtype, (len(compared.x), *preprocess.shape_nhwc[1:]))
-    for number, tensor in enumerate(compared.tensors(preprocess, *quantization)):
+    waiting = kind.tensors(dataset.x, given.dtype, *quantization)
+    first = next(waiting)
+    tensors = allocate(inputs, given.dtype, (len(dataset.x), *first.shape[1:]))
+    for number, tensor in enumerate(itertools.chain([first], waiting)):
         tensors[number] = tensor[0]
     tensors.flush()
-    keras_scores = scores(keras_outputs, output)
-    found: dict[str, npt.NDArray[np.float32]] = {}
+    found: dict[str, Scores] = {}
     checks: dict[str, RuntimeCheck] = {}
     available = runtimes.find()
     for name in runtimes.RUNTIMES:
@@ -97,40 +177,7 @@ def verify(
         except (SandboxError, NotFiniteError) as error:
             failure = str(error)
         checks[name] = RuntimeCheck(status="failed", version=runtime.version, detail=failure)
-    if not found:
-        reasons = "; ".join(f"{name}: {check.detail}" for name, check in checks.items())
-        raise ConversionError(
-            f"the converted model runs in no TFLite runtime ({reasons})", mend="try another --quantize"
-        )
-    reference = min(found, key=lambda name: float(np.abs(found[name] - keras_scores).mean()))
-    for name, values in found.items():
-        difference = relative_difference(values, found[reference])
-        same = difference <= MAX_RELATIVE_DIFFERENCE
-        checks[name] = RuntimeCheck(
-            status="ok" if same else "differs",
-            version=available[name].version,
-            max_abs_difference=round(float(np.abs(values - keras_scores).max()), 6),
-            top1_agreement=round(agree(values, keras_scores, output), 6),
-            detail="" if same else f"its outputs are {difference:.0%} off those of {reference}: do not use it there",
-        )
-    preferred = next(name for name, check in checks.items() if check.status == "ok")
-    agreement = agree(found[preferred], keras_scores, output)
-    if data != "noise" and agreement < LOW_AGREEMENT:
-        logger.warning("the bundle agrees with the Keras model on %.1f %% only", 100 * agreement)
-    truth = compared.class_ids
-    of_keras, of_bundle = (
-        None if truth is None else figures(values, truth, labels, output.multi_label)
-        for values in (keras_scores, found[preferred])
-    )
-    verification = Verification(
-        data=data,
-        count=len(keras_scores),
-        top1_agreement=None if data == "noise" else round(agreement, 6),
-        mean_abs_difference=round(float(np.abs(found[preferred] - keras_scores).mean()), 6),
-        **_accuracy(of_bundle, ""),
-        **_accuracy(of_keras, "_keras"),
-    )
-    return Verified(checks, verification, preferred, of_bundle, of_keras)
+    return found, checks
 
 
 def relative_difference(values: npt.NDArray[np.float32], reference: npt.NDArray[np.float32]) -> float:

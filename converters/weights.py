@@ -30,7 +30,7 @@ def load_weights(model: Any, path: Path, top: str = "") -> tuple[str, ...]:
     """Loads the weights in a ``.weights.h5``, ``.keras`` or older ``.h5`` file into ``model``, checked layer by layer.
 
     An older file (Keras 1 and 2) may hold its kernels as (height, width, in, out), or as Theano did, (out, in, height,
-    width), which are transposed. Those that Theano trained are turned: the file's attribute ``backend`` tells, and where
+    width), which are transposed. Those that Theano trained are turned: the file's attribute ``backend`` tells, or where
     it has none, as before Keras 1.2, its name.
 
     Args:
@@ -199,7 +199,7 @@ def _check(found: Layout, expected: Layout, path: Path) -> None:
                 f"weights {path} do not fit: layer {layer}",
                 expected=" ".join(map(str, wanted)),
                 got=" ".join(map(str, shapes)),
-                mend="give weights of this model, and --labels or --classes, --input-size, --mels or --frames that go with them",
+                mend="give weights of this model, and the --labels or --classes and sizes that go with them",
             )
     if len(found) != len(expected):
         _refuse_count(max(found, expected, key=len)[min(len(found), len(expected))][0], len(found), len(expected), path)

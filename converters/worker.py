@@ -6,15 +6,15 @@ line on standard output, and its results into the job's folder.
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import numpy as np
@@ -22,18 +22,20 @@ import numpy as np
 from edgekit.converters import data, targets
 from edgekit.converters.report import CalibrationSummary, Layer
 from edgekit.errors import EdgekitError
-from edgekit.manifest import Calibration, ImageInput, VerifiedOn
-from edgekit.preprocess import ImagePreprocessor
+from edgekit.manifest import AudioInput, Calibration, ImageInput, VerifiedOn
 
-# More images make no better ranges, and no truer figure.
-MAX_CALIBRATION, MAX_VALIDATION, NOISE_FRAMES = 500, 5000, 16
-BATCH = 32
+if TYPE_CHECKING:
+    from edgekit.converters.kinds import Kind
+    from edgekit.converters.subjects import Subject
 
 Head = Literal["classes", "attention"]
+BatchNormAxis = Literal["time", "frequency"]
+# The model whose input is sound.
+SOUND = "crnn"
 
 
 class Job(msgspec.Struct, kw_only=True):
-    """What to convert; see :func:`edgekit.convert`. ``folder`` is where to write."""
+    """What to convert; see :func:`edgekit.convert`. ``folder`` is where to write, ``hop`` in seconds."""
 
     folder: str
     model: str
@@ -50,20 +52,34 @@ class Job(msgspec.Struct, kw_only=True):
     classes: int | None
     mean: float | None
     std: float | None
+    mels: int | None
+    frames: int | None
+    bn_axis: BatchNormAxis | None
+    streaming: bool
+    exact: bool
+    hop: float | None
     report: bool
 
 
 class Result(msgspec.Struct, kw_only=True):
-    """What was converted: ``model.tflite``, and for the comparison ``<data>.npy`` (images or tensors), ``keras.npy``
-    (the Keras model's outputs on them) and, where labelled, ``class_ids.npy``. For a report, ``float32.tflite`` and
-    ``layers``."""
+    """What was converted: ``model.tflite``, and for the comparison ``compared.npy`` (items), ``keras.npy`` (the Keras
+    model's outputs on them) and, where labelled, ``class_ids.npy``. For a report, ``float32.tflite`` and ``layers``.
 
-    input: ImageInput
+    Attributes:
+        labels: of the classes; empty where they have none.
+        data: what the items are, but for the last of them, which are ``copies`` of the others.
+        features_sqnr_db: signal to noise in what comes before the part that saturates; None where there is none.
+    """
+
+    input: ImageInput | AudioInput
     classes: int
+    labels: tuple[str, ...]
     calibration: Calibration | None
     summary: CalibrationSummary | None
     layers: tuple[Layer, ...]
     data: VerifiedOn
+    copies: int
+    features_sqnr_db: float | None
     warnings: list[str]
 
 
@@ -119,108 +135,93 @@ def _unforeseen(error: Exception) -> str:
 
 
 def _convert(job: Job, tell: Any) -> Result:
+    warnings = _collected_warnings()
     tell(Event(stage="loading TensorFlow"))
-    from edgekit.converters import layers, models, recipes, rewrite
+    from edgekit.converters import fidelity, layers, subjects
 
     tell(Event(stage="loading the model"))
     folder = Path(job.folder)
-    classifier = models.open_model(
-        job.model,
-        weights=job.weights,
-        classes=job.classes or len(job.labels) or None,
-        input_size=job.input_size,
-        alpha=job.alpha,
-        minimalistic=job.minimalistic,
-        dropout=job.dropout,
-        head=job.head,
-        mean=job.mean,
-        std=job.std,
-    )
-    warnings = [*classifier.warnings]
-    if job.model in models.MOBILENETS and job.weights == "none":
-        warnings.append(f"{job.model} without --weights has random ones: good for measuring speed, and nothing else")
-    if classifier.assumed:
-        warnings.append(
-            "the model does not say how its pixels are normalized: "
-            f"(x - {classifier.mean[0]:g}) / {classifier.std[0]:g} is assumed; say otherwise with --mean and --std"
-        )
-    input = ImageInput(
-        size_wh=classifier.size_wh,
-        channels=3 if classifier.channels == 3 else 1,
-        mean=classifier.mean,
-        std=classifier.std,
-    )
-
-    preprocess = ImagePreprocessor(input)
-    multi_label = _multi_label(classifier, preprocess)
+    subject = subjects.open_sound(job) if job.model == SOUND else subjects.open_images(job)
+    kind = subject.kind
+    warnings += subject.warnings
 
     def load(what: str, path: str, limit: int, classes: int | None) -> data.Dataset:
         return data.load(
             path,
             what,
-            input,
+            kind,
             folder,
             limit=limit,
             classes=classes,
-            multi_label=multi_label,
-            labels=job.labels,
+            multi_label=subject.multi_label,
+            labels=subject.labels,
             progress=lambda done, total: tell(Event(stage=f"reading {what} data", done=done, total=total)),
         )
 
     # All data is read and checked before the long part.
-    calibration = load("calibration", job.calibration, MAX_CALIBRATION, None) if job.calibration else None
-    validation = load("validation", job.validation, MAX_VALIDATION, classifier.classes) if job.validation else None
-    if calibration and len(calibration.x) < data.FEW:
-        warnings.append(
-            f"{len(calibration.x)} calibration images are few: {data.FEW} or more give steadier int8 ranges"
-        )
-    if calibration and (doubt := data.suspicion(calibration.x)):
+    calibration = load("calibration", job.calibration, kind.max_calibration, None) if job.calibration else None
+    validation = load("validation", job.validation, kind.max_validation, subject.classes) if job.validation else None
+    if calibration and len(calibration.x) < subject.few:
+        few = f"{len(calibration.x)} calibration {kind.thing}s are few"
+        warnings.append(f"{few}: {subject.few} or more give steadier int8 ranges")
+    if calibration and (doubt := kind.suspicion(calibration.x)):
         warnings.append(doubt)
 
     stage = f"quantizing to {job.quantize}"
     tell(Event(stage=stage))
-
-    def tensors() -> Iterator[Any]:
-        assert calibration is not None
-        if calibration.x.dtype == np.uint8:
-            # The input's range is that of all pixels, not of those that happened to be seen: one black, one white.
-            image = calibration.x[0].copy()
-            image[0, 0], image[-1, -1] = 0, 255
-            yield preprocess(image)
-        for done, tensor in enumerate(calibration.tensors(preprocess), 1):
-            yield tensor
-            tell(Event(stage=stage, done=done, total=len(calibration.x)))
-
-    content = recipes.convert(classifier.static, job.quantize, tensors)
-    Path(folder, "model.tflite").write_bytes(rewrite.rewrite(content) if job.quantize == "int8" else content)
+    content = subject.convert(
+        job.quantize,
+        calibration.x if calibration else None,
+        lambda done: tell(Event(stage=stage, done=done, total=len(calibration.x) if calibration else 0)),
+    )
+    Path(folder, "model.tflite").write_bytes(content)
 
     which: VerifiedOn = "validation" if validation else "calibration" if calibration else "noise"
-    compared = validation or calibration or _noise(folder, preprocess)
-    _keras_outputs(classifier, compared, preprocess, folder, tell)
+    compared = validation or calibration or data.Dataset(kind.noise(), None, "")
+    copies = [] if which == "noise" else list(kind.copies(compared.x))
+    count = len(compared.x) + len(copies)
+    items = data.save(folder / "compared.npy", itertools.chain(compared.x, copies), count)
+    _keras_outputs(subject, items, folder, tell)
+    sqnr_db = None
+    if subject.features and which != "noise":
+        some = kind.inputs(compared.x[: fidelity.MAX_CLIPS])
+        sqnr_db = fidelity.features_sqnr_db(content, ((x, subject.features(x)) for x in some))
     if compared.class_ids is not None:
         np.save(folder / "class_ids.npy", compared.class_ids)
     used = calibration if job.quantize in targets.CALIBRATED else None
     of_layers: tuple[Layer, ...] = ()
     if job.report:
-        float32 = content if job.quantize == "float32" else recipes.convert(classifier.static, "float32", None)
+        float32 = content if job.quantize == "float32" else subject.convert("float32", None, lambda _: None)
         Path(folder, "float32.tflite").write_bytes(float32)
         tell(Event(stage="comparing the layers"))
-        if job.quantize != "float32":
-            of_layers = layers.compare(float32, content, islice(compared.tensors(preprocess), layers.MAX_FRAMES))
+        if job.quantize != "float32" and subject.layered:
+            of_layers = layers.compare(float32, content, itertools.islice(kind.inputs(compared.x), layers.MAX_FRAMES))
     return Result(
-        input=input,
-        classes=classifier.classes,
+        input=kind.input,
+        classes=subject.classes,
+        labels=subject.labels,
         calibration=Calibration(count=len(used.x), digest=used.digest) if used else None,
-        summary=_summary(used, preprocess) if used and job.report else None,
+        summary=_summary(used, kind) if used and job.report else None,
         layers=of_layers,
         data=which,
+        copies=len(copies),
+        features_sqnr_db=sqnr_db,
         warnings=warnings,
     )
 
 
-def _summary(calibration: data.Dataset, preprocess: ImagePreprocessor) -> CalibrationSummary:
+def _collected_warnings() -> list[str]:
+    """A list that grows by what our modules warn of from now on."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("edgekit").addHandler(handler)
+    return lines
+
+
+def _summary(calibration: data.Dataset, kind: Kind) -> CalibrationSummary:
     count, total, squares, low, high = 0, 0.0, 0.0, np.inf, -np.inf
-    for tensor in calibration.tensors(preprocess):
+    for tensor in kind.inputs(calibration.x):
         count, total = count + tensor.size, total + float(tensor.sum(dtype=np.float64))
         squares += float(np.square(tensor, dtype=np.float64).sum())
         low, high = min(low, float(tensor.min())), max(high, float(tensor.max()))
@@ -235,37 +236,14 @@ def _summary(calibration: data.Dataset, preprocess: ImagePreprocessor) -> Calibr
     )
 
 
-def _multi_label(classifier: Any, preprocess: ImagePreprocessor) -> bool:
-    """Whether each class has a score of its own: they lie in 0..1 and do not add up to 1. A SavedModel does not tell
-    its last activation otherwise."""
-    frames = np.random.default_rng(0).integers(0, 256, (2, *preprocess.shape_nhwc[1:]), np.uint8)
-    scores = np.concatenate([np.asarray(classifier.static(preprocess(frame), training=False)) for frame in frames])
-    return bool((scores >= 0).all() and (scores <= 1).all() and (np.abs(scores.sum(1) - 1) > 1e-2).any())
-
-
-def _noise(folder: Path, preprocess: ImagePreprocessor) -> data.Dataset:
-    frames = np.random.default_rng(0).integers(0, 256, (NOISE_FRAMES, *preprocess.shape_nhwc[1:]), np.uint8)
-    np.save(folder / "noise.npy", frames)
-    return data.Dataset(frames, None, "")
-
-
-def _keras_outputs(
-    classifier: Any, compared: data.Dataset, preprocess: ImagePreprocessor, folder: Path, tell: Any
-) -> None:
-    """Writes what the Keras model makes of the data, shape (n, classes)."""
-    import tensorflow as tf
-
-    dynamic = classifier.model.inputs[0].shape[0] is None
-    # Without XLA, which takes longer to compile than this takes to run.
-    predict = tf.function(classifier.model if dynamic else classifier.static, jit_compile=False, reduce_retracing=True)
-    count = len(compared.x)
-    outputs = np.empty((count, classifier.classes), np.float32)
-    tensors = compared.tensors(preprocess)
-    step = BATCH if dynamic else 1
-    for start in range(0, count, step):
-        batch = [next(tensors) for _ in range(min(step, count - start))]
-        outputs[start : start + step] = predict(tf.constant(np.concatenate(batch)), training=False)
-        tell(Event(stage="running the Keras model", done=start + len(batch), total=count))
+def _keras_outputs(subject: Subject, items: Any, folder: Path, tell: Any) -> None:
+    """Writes what the Keras model makes of the items, shape (n, classes)."""
+    outputs = np.empty((len(items), subject.classes), np.float32)
+    tensors = subject.kind.inputs(items)
+    for start in range(0, len(items), subject.batch):
+        batch = np.concatenate(list(itertools.islice(tensors, subject.batch)))
+        outputs[start : start + len(batch)] = subject.predict(batch)
+        tell(Event(stage="running the Keras model", done=start + len(batch), total=len(items)))
     np.save(folder / "keras.npy", outputs)
 
 

@@ -51,6 +51,7 @@ class _Interpreter:
         self._outputs = self._interpreter.get_output_details()
         self.inputs = [(detail["shape"], detail["dtype"]) for detail in self._inputs]
         self.output = (self._outputs[0]["shape"], self._outputs[0]["dtype"])
+        self.states = [(detail["shape"], detail["dtype"]) for detail in self._inputs[1:]]
         self.pieces = self._pieces()
 
     def _pieces(self) -> list[list[int]]:
@@ -79,6 +80,9 @@ class _Interpreter:
 
     def get(self) -> Any:
         return self._interpreter.get_tensor(self._outputs[0]["index"])
+
+    def get_states(self) -> list[Any]:
+        return [self._interpreter.get_tensor(detail["index"]) for detail in self._outputs[1:]]
 
 
 class _Accelerated:
@@ -132,13 +136,24 @@ def _invoke(model: Any, count: int) -> None:
 
 
 def _replay(model: Any, inputs: str, outputs: str) -> None:
-    """Runs the tensors in the file ``inputs``, one after the other, and writes what comes out to ``outputs``."""
+    """Runs the tensors in the file ``inputs``, one after the other, and writes what comes out to ``outputs``.
+
+    A model with states is given each of them step by step, (steps, ...), beginning with states of zeros; what counts
+    is what comes out of the last step.
+    """
     tensors = np.load(inputs, mmap_mode="r")
     shape, dtype = model.output
     results = np.empty((len(tensors), *shape[1:]), dtype)
     for number, tensor in enumerate(tensors):
-        model.set([tensor[None]])
-        model.invoke()
+        if tensor.ndim == len(model.inputs[0][0]):
+            states = [np.zeros(*state) for state in model.states]
+            for step in tensor:
+                model.set([step[None], *states])
+                model.invoke()
+                states = model.get_states()
+        else:
+            model.set([tensor[None]])
+            model.invoke()
         results[number] = model.get()[0]
         _answer(done=number + 1)
     np.save(outputs, results)

@@ -164,7 +164,7 @@ def test_load_of_a_file_with_top_into_a_model_without(trained: Any, tmp_path: Pa
 @pytest.mark.parametrize("name", ["tagger.h5", "tagger.weights.h5"])
 def test_load_of_a_file_without_top_into_a_model_with_one_names_it(tmp_path: Path, name: str) -> None:
     path = save(crnn.build(**SMALL, include_top=False), tmp_path / name)
-    with pytest.raises(ConversionError, match="layer output is not in the file: expected 12 layers .*, got 11"):
+    with pytest.raises(ConversionError, match=r"layer output is not in the file: expected 12 layers .*, got 11"):
         load(path)
 
 

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from edgekit.converters import data
+from edgekit.converters.images import Images
 from edgekit.errors import ConversionError
 from edgekit.manifest import ImageInput
+from edgekit.preprocess import IMAGE_SUFFIXES
 
-INPUT = ImageInput(size_wh=(8, 8), mean=(127.5,), std=(127.5,))
+KIND = Images(ImageInput(size_wh=(8, 8), mean=(127.5,), std=(127.5,)))
 TAGS = np.array([[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1]])
 
 
@@ -24,7 +26,7 @@ def load(tmp_path: Path) -> Callable[..., data.Dataset]:
         x = np.arange(len(arrays["y"]), dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
         np.savez(tmp_path / "data.npz", **{"x": x, **arrays})
         return data.load(
-            str(tmp_path / "data.npz"), "validation", INPUT, tmp_path, limit=limit, classes=3, multi_label=multi_label
+            str(tmp_path / "data.npz"), "validation", KIND, tmp_path, limit=limit, classes=3, multi_label=multi_label
         )
 
     return run
@@ -64,7 +66,7 @@ def test_load_for_several_labels_takes_one_label_too(load: Any, tmp_path: Path, 
         (tmp_path / "data" / label).mkdir(parents=True)
         cv2.imwrite(str(tmp_path / "data" / label / "0.png"), colour(label))
     dataset = data.load(
-        str(tmp_path / "data"), "validation", INPUT, tmp_path, limit=9, classes=3, multi_label=True, labels=()
+        str(tmp_path / "data"), "validation", KIND, tmp_path, limit=9, classes=3, multi_label=True, labels=()
     )
     np.testing.assert_array_equal(dataset.class_ids, np.eye(3))
 
@@ -92,13 +94,13 @@ def noise(count: int, side: int, channels: int = 3) -> np.ndarray:
     ids=["noise", "small noise", "normal noise", "noise as tensors", "black", "one value each", "one image"],
 )
 def test_suspicion_of_what_is_no_data(x: np.ndarray, words: str) -> None:
-    line = data.suspicion(x)
+    line = KIND.suspicion(x)
     assert words in line and "give 100 or more typical images" in line and "\n" not in line
 
 
 def test_suspicion_of_pictures_of_colours(colour: Any) -> None:
     labels = ["red", "green", "blue"] * 10
-    assert data.suspicion(np.stack([colour(label, (32, 32), n) for n, label in enumerate(labels)])) == ""
+    assert KIND.suspicion(np.stack([colour(label, (32, 32), n) for n, label in enumerate(labels)])) == ""
 
 
 @pytest.mark.parametrize("name", ["parrot.jpg", "cat_720p.jpg"])
@@ -115,13 +117,13 @@ def test_suspicion_of_pictures_of_colours(colour: Any) -> None:
 )
 def test_suspicion_of_a_photograph(vision_data: Path, name: str, change: Callable[..., np.ndarray]) -> None:
     image = change(cv2.imread(str(vision_data / name)), np.random.default_rng(0)).clip(0, 255).astype(np.uint8)
-    assert data.suspicion(image[None]) == ""
-    assert data.suspicion((image[None].astype(np.float32) - 127.5) / 127.5) == ""
+    assert KIND.suspicion(image[None]) == ""
+    assert KIND.suspicion((image[None].astype(np.float32) - 127.5) / 127.5) == ""
 
 
 @pytest.mark.host
 @pytest.mark.parametrize("side", [8, 64])
 def test_suspicion_of_handwriting(digits: Path, side: int) -> None:
-    paths = sorted(path for path in (digits / "calibration").rglob("*") if path.suffix in data.IMAGE_SUFFIXES)
+    paths = sorted(path for path in (digits / "calibration").rglob("*") if path.suffix in IMAGE_SUFFIXES)
     images = [cv2.resize(cv2.imread(str(path)), (side, side), interpolation=cv2.INTER_AREA) for path in paths]
-    assert data.suspicion(np.stack(images)) == ""
+    assert KIND.suspicion(np.stack(images)) == ""

@@ -1,0 +1,179 @@
+"""What is converted: an image classifier or a music tagger, opened, each with its own way through a conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from edgekit.converters import crnn, models, recipes, rewrite
+from edgekit.converters.clips import Clips
+from edgekit.converters.images import Images
+from edgekit.converters.kinds import Array, Kind, Tensors
+from edgekit.errors import ConversionError
+from edgekit.manifest import ImageInput
+
+if TYPE_CHECKING:
+    from edgekit.converters.worker import Job
+
+Progress = Callable[[int], None]
+
+
+@dataclass
+class Subject:
+    """A model with the kind of its input.
+
+    Attributes:
+        predict: items' float tensors, as many as ``batch`` at most -> scores (n, classes), of the model itself.
+        convert: recipe, calibration items where the recipe needs them, progress -> a flatbuffer.
+        few: so many calibration items are enough not to be warned about.
+        features: items' float tensors -> what comes before the part that saturates; None where there is none.
+        layered: whether each layer of the flatbuffer can be held against that of a float one.
+    """
+
+    kind: Kind
+    classes: int
+    labels: tuple[str, ...]
+    multi_label: bool
+    batch: int
+    few: int
+    predict: Callable[[Array], Array]
+    convert: Callable[[str, Array | None, Progress], bytes]
+    features: Callable[[Array], Array] | None = None
+    layered: bool = True
+    warnings: list[str] = field(default_factory=list)
+
+
+def open_images(job: Job) -> Subject:
+    """The image classifier that ``job`` names.
+
+    Raises:
+        ConversionError: as :func:`edgekit.converters.models.open_model`.
+    """
+    classifier = models.open_model(
+        job.model,
+        weights=job.weights,
+        classes=job.classes or len(job.labels) or None,
+        input_size=job.input_size,
+        alpha=job.alpha,
+        minimalistic=job.minimalistic,
+        dropout=job.dropout,
+        head=job.head,
+        mean=job.mean,
+        std=job.std,
+    )
+    warnings = [*classifier.warnings]
+    if job.model in models.MOBILENETS and job.weights == "none":
+        warnings.append(_random(job.model))
+    if classifier.assumed:
+        warnings.append(
+            "the model does not say how its pixels are normalized: "
+            f"(x - {classifier.mean[0]:g}) / {classifier.std[0]:g} is assumed; say otherwise with --mean and --std"
+        )
+    kind = Images(
+        ImageInput(
+            size_wh=classifier.size_wh,
+            channels=3 if classifier.channels == 3 else 1,
+            mean=classifier.mean,
+            std=classifier.std,
+        )
+    )
+
+    def convert(recipe: str, calibration: Array | None, progress: Progress) -> bytes:
+        def tensors() -> Tensors:
+            assert calibration is not None
+            return _counted(kind.ranging(calibration), progress)
+
+        content = recipes.convert(classifier.static, recipe, tensors)
+        return rewrite.rewrite(content) if recipe == "int8" else content
+
+    dynamic = classifier.model.inputs[0].shape[0] is None
+    return Subject(
+        kind=kind,
+        classes=classifier.classes,
+        labels=job.labels,
+        multi_label=_multi_label(classifier, kind),
+        batch=32 if dynamic else 1,
+        few=32,
+        predict=_function(classifier.model if dynamic else classifier.static),
+        convert=convert,
+        warnings=warnings,
+    )
+
+
+def open_sound(job: Job) -> Subject:
+    """The music tagger that ``job`` describes.
+
+    Raises:
+        ConversionError: an option or the weights do not fit.
+    """
+    from edgekit.converters import crnn_graph
+
+    published = crnn.is_published(job.weights)
+    labels = job.labels or (crnn.TAGS if published and job.classes in (None, len(crnn.TAGS)) else ())
+    axis = job.bn_axis or ("frequency" if job.streaming and not published else "time")
+    if job.streaming and axis == "time":
+        given = f"--weights {job.weights}" if published else "--bn-axis time"
+        raise ConversionError(
+            f"--streaming with {given}: the first normalization depends on the place in the window",
+            expected="one over the mel bands",
+            mend="train the model with --bn-axis frequency, or leave out --streaming",
+        )
+    frames = job.frames or crnn.FRAMES
+    model = crnn.build(
+        frames=frames,
+        num_mel_bins=job.mels or crnn.MEL_BINS,
+        tags=job.classes or len(labels) or len(crnn.TAGS),
+        bn_axis=axis,
+    )
+    warnings = [_random(job.model)] if job.weights == "none" else [*crnn.load(model, job.weights)]
+    kind = Clips(crnn.audio_input(model, frames, job.hop, streaming=job.streaming, exact=job.exact))
+
+    def convert(recipe: str, calibration: Array | None, progress: Progress) -> bytes:  # noqa: ARG001 told by itself
+        return crnn_graph.convert(model, recipe, calibration, streaming=job.streaming, exact=job.exact)
+
+    features = keras.Model(model.input, model.get_layer("reshape").output)
+    return Subject(
+        kind=kind,
+        classes=model.output_shape[1],
+        labels=labels,
+        multi_label=True,
+        batch=4,
+        few=12,
+        predict=_function(model),
+        convert=convert,
+        features=None if job.streaming else _function(features),
+        layered=not job.streaming,
+        warnings=warnings,
+    )
+
+
+def _random(model: str) -> str:
+    return f"{model} without --weights has random ones: good for measuring speed, and nothing else"
+
+
+def _function(model: Any) -> Callable[[Array], Array]:
+    # Without XLA, which takes longer to compile than this takes to run.
+    function = tf.function(model, jit_compile=False, reduce_retracing=True)
+    return lambda tensors: np.asarray(function(tf.constant(tensors), training=False))
+
+
+def _counted(tensors: Tensors, progress: Progress) -> Iterator[Array]:
+    for done, tensor in enumerate(tensors, 1):
+        yield tensor
+        progress(done)
+
+
+def _multi_label(classifier: models.Classifier, kind: Images) -> bool:
+    """Whether each class has a score of its own: they lie in 0..1 and do not add up to 1. A SavedModel does not tell
+    its last activation otherwise."""
+    tensors = kind.tensors(kind.noise()[:2])
+    scores: npt.NDArray[Any] = np.concatenate(
+        [np.asarray(classifier.static(tensor, training=False)) for tensor in tensors]
+    )
+    return bool((scores >= 0).all() and (scores <= 1).all() and (np.abs(scores.sum(1) - 1) > 1e-2).any())
