@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -9,19 +10,22 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import msgspec
+
 import edgekit
 from edgekit import runtimes
-from edgekit.bundle import read
-from edgekit.decode import NotFiniteError
+from edgekit.bundle import Bundle, read
+from edgekit.decode import NotFiniteError, Threshold, thresholds
+from edgekit.devices.frames import Frame, Source
 from edgekit.devices.interpreter import Model
 from edgekit.devices.publisher import Publisher
-from edgekit.devices.sources import Frame, Source, open_source
 from edgekit.embedded_broker import EmbeddedBroker, is_embedded
 from edgekit.errors import EdgekitError
+from edgekit.manifest import AudioInput
 from edgekit.messages import (
     BundleRef,
     InfoMessage,
@@ -29,6 +33,7 @@ from edgekit.messages import (
     PredictionMessage,
     StreamInfo,
     Versions,
+    Window,
     check_name,
     default_device_id,
     printable,
@@ -44,19 +49,24 @@ SUBSCRIBER_TIMEOUT_S = 10.0
 
 @dataclass
 class Counts:
-    """What became of the frames: ``captured = inferred + dropped + failed + in_flight``."""
+    """What became of the frames, or the windows of sound: ``captured = inferred + dropped + failed + in_flight``.
+
+    ``gaps``: how often sound was lost before there was a window of it.
+    """
 
     captured: int = 0
     inferred: int = 0
     dropped: int = 0
     failed: int = 0
+    gaps: int = 0
 
     @property
     def in_flight(self) -> int:
         return self.captured - self.inferred - self.dropped - self.failed
 
     def __str__(self) -> str:
-        return f"{self.captured} captured, {self.inferred} inferred, {self.dropped} dropped, {self.failed} failed"
+        gaps = f", {self.gaps} gaps" if self.gaps else ""
+        return f"{self.captured} captured, {self.inferred} inferred, {self.dropped} dropped, {self.failed} failed{gaps}"
 
 
 @dataclass(frozen=True)
@@ -65,15 +75,16 @@ class Settings:
 
     device_id: str
     stream: str = "main"
-    threshold: float = 0.0
+    threshold: Threshold = 0.0
     top_k: int = 3
     max_fps: float | None = None
 
     def __post_init__(self) -> None:
         check_name(self.device_id, "device id")
         check_name(self.stream, "stream")
-        if not 0 <= self.threshold <= 1:
-            raise EdgekitError("threshold", expected="a score from 0 to 1", got=str(self.threshold), mend="give one")
+        for score in self.threshold.values() if isinstance(self.threshold, Mapping) else (self.threshold,):
+            if not 0 <= score <= 1:
+                raise EdgekitError("threshold", expected="a score from 0 to 1", got=str(score), mend="give one")
         if self.top_k < 1:
             raise EdgekitError("top-k", expected="1 or more", got=str(self.top_k), mend="give how many classes to name")
         if self.max_fps is not None and not 0.001 <= self.max_fps < math.inf:
@@ -83,17 +94,32 @@ class Settings:
 
 
 class Pipeline:
-    """Predictions of one model on one source, numbered, as an iterator."""
+    """Predictions of one model on one source, numbered, as an iterator.
+
+    Raises:
+        EdgekitError: the settings do not fit the model: a label or ``max_fps``.
+    """
 
     def __init__(self, model: Model, source: Source, settings: Settings) -> None:
         self.model, self.source, self.settings = model, source, settings
         self.boot_id = uuid.uuid4().hex[:12]
         self.bundle_ref = BundleRef(printable(model.bundle.name), model.bundle.version, model.bundle.file.sha256)
+        self._thresholds = thresholds(settings.threshold, model.bundle.labels)
+        given = model.bundle.input
+        if settings.max_fps and source.live and isinstance(given, AudioInput) and given.streaming:
+            needed = given.sample_rate_hz / given.hop_samples
+            if settings.max_fps < needed:
+                raise EdgekitError(
+                    "max-fps",
+                    expected=f"{needed:.2f} or more, as a model that streams must hear all",
+                    got=f"{settings.max_fps:g}",
+                    mend="leave it out",
+                )
         self._inferred = self._failed = 0
 
     @property
     def counts(self) -> Counts:
-        return Counts(self.source.captured, self._inferred, self.source.dropped, self._failed)
+        return Counts(self.source.captured, self._inferred, self.source.dropped, self._failed, self.source.gaps)
 
     def info(self) -> InfoMessage:
         runtime_version = runtimes.installed().get(self.model.runtime, "")
@@ -121,19 +147,27 @@ class Pipeline:
 
     def _predict(self, frame: Frame) -> PredictionMessage | None:
         model = self.model
-        if frame.image_bgr is None:
-            self._fail(frame.error)
-            return None
-        started_s = time.perf_counter()
-        tensor = model.preprocess(frame.image_bgr, "bgr")
-        preprocessed_s = time.perf_counter()
+        if frame.begins:
+            model.reset()
+        if frame.error:
+            return self._fail(frame, frame.error)
+        started_s = time.monotonic()
+        tensor = (
+            model.preprocess(frame.samples) if frame.image_bgr is None else model.preprocess(frame.image_bgr, "bgr")
+        )
+        preprocessed_s = time.monotonic()
         raw = model.invoke(tensor)
-        inferred_s = time.perf_counter()
-        try:
-            predictions = model.decode(raw, threshold=self.settings.threshold, top_k=self.settings.top_k)
-        except NotFiniteError as error:
-            self._fail(str(error))
+        inferred_s = time.monotonic()
+        if not frame.complete:  # a stream that warms up
             return None
+        if not model.warm:  # it began anew because of a failure, which was told
+            self._failed += 1
+            return None
+        try:
+            predictions = model.decode(raw, threshold=self._thresholds, top_k=self.settings.top_k)
+        except NotFiniteError as error:
+            model.reset()
+            return self._fail(frame, str(error))
         self._inferred += 1
         return PredictionMessage(
             schema="edgekit.prediction/1",
@@ -149,15 +183,44 @@ class Pipeline:
             latency_ms=Latency(
                 round(1e3 * (preprocessed_s - started_s), 3),
                 round(1e3 * (inferred_s - preprocessed_s), 3),
-                round(1e3 * (time.perf_counter() - frame.captured_s), 3),
+                round(1e3 * (time.monotonic() - frame.captured_s), 3),
             ),
+            window=Window(timestamp(frame.window_start), timestamp(frame.captured_at)) if frame.window_start else None,
             input=frame.input,
             predictions=predictions,
         )
 
-    def _fail(self, reason: str) -> None:
-        self._failed += 1
-        logger.warning("frame skipped: %s", reason)
+    def _fail(self, frame: Frame, reason: str) -> None:
+        self._failed += frame.complete
+        logger.warning("%s skipped: %s", "frame" if frame.window_start is None else "sound", reason)
+
+
+def _read(path: str | os.PathLike[str], labels: str | os.PathLike[str] | None, hop_s: float | None) -> Bundle:
+    """The bundle, with a hop of another length if told so."""
+    of_bundle = read(path, labels)
+    if hop_s is None:
+        return of_bundle
+    given = of_bundle.input
+    if not isinstance(given, AudioInput) or given.streaming:
+        kind = "streams sound by hops of its own" if isinstance(given, AudioInput) else "takes images"
+        raise EdgekitError(
+            "hop", expected="a bundle that takes windows of sound", got=f"one that {kind}", mend="leave it out"
+        )
+    if not 1 <= hop_s * given.sample_rate_hz < 2**31:
+        raise EdgekitError("hop", expected="seconds, above 0", got=f"{hop_s:g}", mend="give how often to predict")
+    hop_samples = round(hop_s * given.sample_rate_hz)
+    return dataclasses.replace(of_bundle, input=msgspec.structs.replace(given, hop_samples=hop_samples))
+
+
+def _open(source: str, of_bundle: Bundle, loop: bool, stop: threading.Event | None = None) -> Source:
+    """The source, of what the bundle takes. Sound needs no OpenCV, images no soundfile."""
+    if isinstance(of_bundle.input, AudioInput):
+        from edgekit.devices.audio_sources import open_audio_source
+
+        return open_audio_source(source, of_bundle.input, loop=loop, stop=stop)
+    from edgekit.devices.sources import open_source
+
+    return open_source(source, loop=loop, stop=stop)
 
 
 def stream(
@@ -169,16 +232,17 @@ def stream(
     stream: str = "main",
     delegate: str = "auto",
     threads: int = 1,
-    threshold: float = 0.0,
+    threshold: Threshold = 0.0,
     top_k: int = 3,
     max_fps: float | None = None,
+    hop_s: float | None = None,
     loop: bool = False,
 ) -> Iterator[PredictionMessage]:
     """The predictions of ``bundle`` on ``source``, one by one, published nowhere. Otherwise as :func:`run`."""
     settings = Settings(default_device_id() if device_id is None else device_id, stream, threshold, top_k, max_fps)
-    of_bundle = read(bundle, labels)
+    of_bundle = _read(bundle, labels, hop_s)
     with (
-        open_source(source, loop=loop) as frames,
+        _open(source, of_bundle, loop) as frames,
         Model(of_bundle, delegate=delegate, threads=threads) as model,
     ):
         yield from Pipeline(model, frames, settings)
@@ -194,9 +258,10 @@ def run(
     stream: str = "main",
     delegate: str = "auto",
     threads: int = 1,
-    threshold: float = 0.0,
+    threshold: Threshold = 0.0,
     top_k: int = 3,
     max_fps: float | None = None,
+    hop_s: float | None = None,
     loop: bool = False,
     stop: threading.Event | None = None,
     on_start: Callable[[], None] | None = None,
@@ -205,9 +270,9 @@ def run(
     """Streams ``source`` through ``bundle`` and publishes the predictions, to the end of the source.
 
     Args:
-        bundle: any classification ``.tflite``.
+        bundle: an audio-tagging bundle, or any ``.tflite`` that classifies images.
         source: ``camera:N``, ``rtsp://…``, ``http://…`` (MJPEG), or the path of a video, an image or a folder of
-            images.
+            images; of sound: ``mic``, ``mic:NAME`` or the path of an audio file.
         broker: ``mqtt://[user:pass@]host[:port]``, ``mqtts://…``, ``embedded`` (a broker in this process, on
             127.0.0.1:1883) or ``none``.
         labels: a label file to use instead of the packed one.
@@ -215,9 +280,10 @@ def run(
         stream: this stream's name in the topics.
         delegate: ``auto`` or ``cpu``.
         threads: threads of the CPU kernels.
-        threshold: leave out classes with a lower score.
+        threshold: leave out classes with a lower score: one for all, or by label, ``"*"`` for all others.
         top_k: name so many classes at most.
         max_fps: take no more frames a second.
+        hop_s: take a window of sound so often, instead of as the bundle says.
         loop: start a file source again at its end.
         stop: ends the run when set.
         on_start: called when all is open, before the first frame.
@@ -231,9 +297,9 @@ def run(
     """
     stop = stop or threading.Event()
     settings = Settings(default_device_id() if device_id is None else device_id, stream, threshold, top_k, max_fps)
-    of_bundle = read(bundle, labels)
+    of_bundle = _read(bundle, labels, hop_s)
     with ExitStack() as stack:
-        frames = stack.enter_context(open_source(source, loop=loop, stop=stop))
+        frames = stack.enter_context(_open(source, of_bundle, loop, stop))
         model = stack.enter_context(Model(of_bundle, delegate=delegate, threads=threads))
         pipeline = Pipeline(model, frames, settings)
         sinks = [on_prediction] if on_prediction else []

@@ -1,23 +1,18 @@
-"""Where frames come from: cameras, network streams, videos, images, folders of images."""
+"""Where images come from: cameras, network streams, videos, images, folders of images."""
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import threading
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import cv2
-import numpy as np
-import numpy.typing as npt
 
+from edgekit.audio import AUDIO_SUFFIXES
+from edgekit.devices.frames import Frame, Source, public_name
 from edgekit.errors import EdgekitError, SourceError
 from edgekit.messages import FileInput, printable
 from edgekit.preprocess import IMAGE_SUFFIXES, read_image_bgr
@@ -25,58 +20,6 @@ from edgekit.preprocess import IMAGE_SUFFIXES, read_image_bgr
 logger = logging.getLogger(__name__)
 
 USAGE = "camera:N, rtsp://…, http://… (MJPEG), a video, an image or a folder of images"
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One frame of a source, as captured.
-
-    ``image_bgr`` is (height, width, 3), 8-bit, in OpenCV's channel order; None where the frame could not be read, and
-    then ``error`` says why. ``captured_s`` is on the monotonic clock.
-    """
-
-    image_bgr: npt.NDArray[np.uint8] | None
-    input: FileInput | None = None
-    error: str = ""
-    captured_at: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
-    captured_s: float = field(default_factory=time.perf_counter)
-
-
-class Source:
-    """Iterates over frames until its end, or until ``stop`` is set; a context manager, as it may hold a device.
-
-    Attributes:
-        name: what was asked for, without what may be secret in a URL.
-        captured: how many frames it has read.
-        dropped: how many of them it gave to no one, because newer ones had come.
-    """
-
-    live = False
-
-    def __init__(self, spec: str, stop: threading.Event) -> None:
-        self.name, self.stop = public_name(spec), stop
-        self.captured = self.dropped = 0
-
-    def __iter__(self) -> Iterator[Frame]:
-        for frame in self._frames():
-            if self.stop.is_set():
-                return
-            self.captured += 1
-            yield frame
-
-    def _frames(self) -> Iterator[Frame]:
-        raise AssertionError("a subclass reads")
-
-    def close(self) -> None:
-        """Frees the device or file."""
-
-    def __enter__(self) -> Source:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class ImageSource(Source):
@@ -206,6 +149,12 @@ def open_source(spec: str, *, loop: bool = False, stop: threading.Event | None =
     if kind in ("rtsp", "rtsps", "http", "https") and rest.startswith("//"):
         return LiveSource(spec, stop, spec)
     path = Path(spec)
+    if kind == "mic" or path.suffix.lower() in AUDIO_SUFFIXES:
+        raise SourceError(
+            f"source {spec} is sound, and this bundle takes images",
+            expected=USAGE,
+            mend="give a bundle for audio tagging",
+        )
     if spec and path.is_dir():
         paths = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         if not paths:
@@ -220,12 +169,6 @@ def open_source(spec: str, *, loop: bool = False, stop: threading.Event | None =
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return ImageSource(spec, stop, [path], loop)
     return VideoSource(spec, stop, path, loop)
-
-
-def public_name(spec: str) -> str:
-    """``spec`` as UTF-8 text, without the user, the password and the query that a URL may hold."""
-    name = printable(spec)
-    return re.sub(r"[?#].*", "", re.sub(r"//[^/]*@", "//", name)) if "://" in name else name
 
 
 def _open_capture(target: int | str, name: str) -> Any:

@@ -6,7 +6,7 @@ import importlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +235,7 @@ class Resampler:
             self._stream = _import("soxr").ResampleStream(*self._rates, 1, dtype="float32")
 
 
-def read_audio(path: str | os.PathLike[str], sample_rate_hz: int) -> Iterator[Samples]:
+def read_audio(path: str | os.PathLike[str], sample_rate_hz: int) -> Generator[Samples, None, None]:
     """The sound in a file (wav, flac, mp3, ogg and what else libsndfile reads), mono at ``sample_rate_hz``, in pieces
     of some seconds, so that its length does not matter. The channels are averaged.
 
@@ -257,7 +257,8 @@ def read_audio(path: str | os.PathLike[str], sample_rate_hz: int) -> Iterator[Sa
     except soundfile.LibsndfileError as error:
         raise SourceError(f"{name} is not a sound file", mend="give a wav, flac, mp3 or ogg that is whole") from error
     with file:
-        resample, read, damage = Resampler(file.samplerate, sample_rate_hz), 0, ""
+        resample, damage = Resampler(file.samplerate, sample_rate_hz), ""
+        read = given = 0
         frames = max(_READ_SAMPLES // file.channels, 1)
         while not damage:
             try:
@@ -266,10 +267,11 @@ def read_audio(path: str | os.PathLike[str], sample_rate_hz: int) -> Iterator[Sa
                 piece, damage = np.empty((0, file.channels), np.float32), str(error)
             read += len(piece)
             if len(sound := resample(piece, last=not len(piece))):
+                given += len(sound)
                 yield sound
             if not len(piece):
                 break
-        if not read:
+        if not given:
             raise SourceError(f"{name} holds no sound", mend="give a wav, flac, mp3 or ogg that is whole")
         seconds, announced = read / file.samplerate, file.frames / file.samplerate
         if re.search(r"bitrate mode *: constant", file.extra_info):

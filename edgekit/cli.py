@@ -147,10 +147,24 @@ def _verdict(checked: Any) -> str:
     return line
 
 
+def _thresholds(given: tuple[str, ...]) -> dict[str, float]:
+    """By label; "*" are all that are not named."""
+    by_label = {}
+    for one in given:
+        label, _, score = one.rpartition("=")
+        try:
+            by_label[label or "*"] = float(score)
+        except ValueError as error:
+            raise click.BadParameter(f"{one!r} is neither a score nor LABEL=SCORE") from error
+    return by_label
+
+
 @_command
 @click.argument("bundle")
 @click.option(
-    "--source", required=True, help="camera:N, rtsp://…, http://… (MJPEG), a video, an image or a folder of images."
+    "--source",
+    required=True,
+    help="camera:N, rtsp://…, http://… (MJPEG), a video, an image, a folder of images, mic, mic:NAME or an audio file.",
 )
 @click.option(
     "--broker",
@@ -164,14 +178,24 @@ def _verdict(checked: Any) -> str:
 @click.option(
     "--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="Threads of the CPU kernels."
 )
-@click.option("--threshold", type=float, default=0.0, show_default=True, help="Leave out classes with a lower score.")
+@click.option(
+    "--threshold",
+    multiple=True,
+    metavar="SCORE|LABEL=SCORE",
+    callback=lambda _context, _option, given: _thresholds(given),
+    help="Leave out classes with a lower score, or one class; may be given again.  [default: 0]",
+)
 @click.option("--top-k", type=int, default=3, show_default=True, help="Name so many classes at most.")
 @click.option("--max-fps", type=float, help="Take no more frames a second.")
+@click.option("--hop", "hop_s", type=float, metavar="SECONDS", help="Of sound: take a window so often.")
 @click.option("--loop", is_flag=True, help="Start a file source again at its end.")
 @click.option("--labels", metavar="FILE", help="A label file to use instead of the packed one.")
 @click.option("--json", "as_json", is_flag=True, help="Print each prediction on stdout too, one JSON object a line.")
 def run(bundle: str, source: str, as_json: bool, **options: Any) -> None:
-    """Stream SOURCE through BUNDLE, any classification .tflite, and publish what it sees."""
+    """Stream SOURCE through BUNDLE and publish what it sees or hears.
+
+    BUNDLE is one for audio tagging, or any .tflite that classifies images.
+    """
     from edgekit.messages import encode
 
     stop, started = threading.Event(), threading.Event()

@@ -12,7 +12,8 @@ from typing import Any
 import cv2
 import pytest
 
-from edgekit.devices.sources import open_source, public_name
+from edgekit.devices.frames import public_name
+from edgekit.devices.sources import open_source
 from edgekit.errors import SourceError
 
 

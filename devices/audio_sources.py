@@ -1,0 +1,245 @@
+"""Where sound comes from: microphones and audio files."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+
+from edgekit.audio import Resampler, read_audio
+from edgekit.devices.frames import Frame, Source, public_name
+from edgekit.devices.microphone import Block, Microphone
+from edgekit.devices.windows import Cutter, SampleClock, Stretch, wall_time_s
+from edgekit.errors import EdgekitError, SourceError
+from edgekit.manifest import AudioInput
+from edgekit.messages import FileInput, printable
+
+logger = logging.getLogger(__name__)
+
+USAGE = "mic, mic:NAME or an audio file (wav, flac, mp3, ogg)"
+
+# Sound that arrives later than by the count of its samples, by so much: some was lost.
+MAX_LATE_S = 1.0
+# So much of a stream waits for the model; then sound is lost.
+MAX_BACKLOG_S = 10.0
+# How long to wait before a lost microphone is tried again, at first and at most.
+RETRY_S, MAX_RETRY_S = 0.5, 30.0
+
+
+class AudioFileSource(Source):
+    """An audio file: a window each hop, the last one at its end; a shorter file is one window.
+
+    Times are as if it was played from when it was opened. For a model that streams each round of ``loop`` begins anew.
+
+    Raises:
+        SourceError: the file cannot be read, or is shorter than the window of a model that streams.
+    """
+
+    def __init__(self, spec: str, stop: threading.Event, path: Path, input: AudioInput, loop: bool) -> None:
+        super().__init__(spec, stop)
+        self._path, self._input, self._loop = path, input, loop
+        self._pieces = read_audio(path, input.sample_rate_hz)
+        self._first = next(self._pieces)  # so that what is no sound is refused before anything else begins
+
+    def _frames(self) -> Iterator[Frame]:
+        while True:
+            number, begun_s = 0, datetime.now(timezone.utc).timestamp()
+            for stretch in self._stretches():
+                frame = _frame(stretch, begun_s, self._input, FileInput(printable(self._path.name), number))
+                number += stretch.complete
+                yield frame
+            if not number:
+                window_s = self._input.window_samples / self._input.sample_rate_hz
+                raise SourceError(
+                    f"source {self.name} is too short for a model that streams",
+                    expected=f"at least {window_s:.2f} s",
+                    mend="give a longer one",
+                )
+            if not self._loop:
+                return
+            self._pieces = read_audio(self._path, self._input.sample_rate_hz)
+            self._first = next(self._pieces)
+
+    def _stretches(self) -> Iterator[Stretch]:
+        cutter = Cutter(self._input)
+        yield from cutter.push(self._first)
+        for piece in self._pieces:
+            yield from cutter.push(piece)
+        yield from cutter.finish()
+
+    def close(self) -> None:
+        self._pieces.close()
+
+
+class MicrophoneSource(Source):
+    """A microphone, read in a thread of its own.
+
+    Of windows the newest wins. A stream waits for the model, up to ``MAX_BACKLOG_S``. Where sound is lost, by an
+    overflow, by a device that stalls or goes away, or by a model that is too slow for its stream, there is a gap: it is
+    told and counted, and what comes after it begins anew. A device that went away is opened again, for as long as it
+    takes.
+
+    Raises:
+        SourceError: there is no such microphone, or it cannot be opened.
+    """
+
+    live = True
+
+    def __init__(self, spec: str, stop: threading.Event, name: str, input: AudioInput) -> None:
+        super().__init__(spec, stop)
+        self._asked_for, self._input = name, input
+        self._cutter = Cutter(input)
+        self._changed = threading.Condition()
+        hop_s = input.hop_samples / input.sample_rate_hz
+        self._waiting: deque[Frame] = deque()
+        self._most = max(int(MAX_BACKLOG_S / hop_s), 2) if input.streaming else 1
+        self._ended = threading.Event()
+        self._microphone = Microphone(name)
+        try:
+            self._open()
+        except EdgekitError:
+            self._microphone.close()
+            raise
+        self._thread = threading.Thread(target=self._listen, name=f"source {self.name}", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Frame]:
+        while not self.stop.is_set():
+            with self._changed:
+                if not self._waiting:
+                    self._changed.wait(0.2)
+                frame = self._waiting.popleft() if self._waiting else None
+            if frame:
+                yield frame
+
+    def close(self) -> None:
+        self._ended.set()
+        self._microphone.end()
+        self._thread.join()
+        self._microphone.close()
+        with self._changed:
+            self._drop_waiting()
+
+    def _open(self) -> None:
+        self._microphone.open()
+        self._restart()
+
+    def _restart(self) -> None:
+        """What comes next does not follow what came before."""
+        self._resampler = Resampler(self._microphone.sample_rate_hz, self._input.sample_rate_hz)
+        self._clock = SampleClock(self._microphone.sample_rate_hz)
+        self._cutter.restart()
+
+    def _listen(self) -> None:
+        while not self._ended.is_set():
+            try:
+                block = self._microphone.read()
+            except SourceError as lost:
+                self._reopen(lost)
+            else:
+                self._take(block)
+
+    def _reopen(self, lost: SourceError) -> None:
+        """Until it gives sound again, or the source is closed."""
+        heard_s, wait_s = self._clock.time_s(), RETRY_S
+        if not self._ended.is_set():
+            logger.warning("%s; opening it again until it does", lost.what)
+        while not self._ended.wait(wait_s):
+            self._microphone.close()
+            self._microphone = Microphone(self._asked_for)
+            if self._ended.is_set():  # close() may have ended the one before
+                return
+            try:
+                self._open()
+                block = self._microphone.read()
+            except SourceError as error:
+                logger.debug("%s", error)
+                wait_s = min(2 * wait_s, MAX_RETRY_S)
+            else:
+                self._tell_gap(block.arrived_s - len(block.samples) / self._microphone.sample_rate_hz - heard_s)
+                self._take(block)
+                return
+
+    def _take(self, block: Block) -> None:
+        samples = len(block.samples)
+        late_s = self._clock.late_s(samples, block.arrived_s)
+        if block.gap or late_s > MAX_LATE_S:
+            self._tell_gap(max(late_s, 0.0))
+            self._restart()
+        self._clock.count(samples, block.arrived_s)
+        sound = self._resampler(block.samples.astype("float32") / 32_768)
+        for stretch in self._cutter.push(sound):
+            if not self._deliver(_frame(stretch, wall_time_s(self._clock.time_s(0.0)), self._input, None)):
+                self._tell_gap(MAX_BACKLOG_S, ": the model is too slow for its stream")
+                self._restart()
+                return
+
+    def _deliver(self, frame: Frame) -> bool:
+        """False: it is lost with those of its stream that wait, for there are too many."""
+        with self._changed:
+            if len(self._waiting) == self._most:
+                self._drop_waiting()
+                if self._input.streaming:
+                    return False
+            self.captured += frame.complete
+            self._waiting.append(frame)
+            self._changed.notify()
+        return True
+
+    def _drop_waiting(self) -> None:
+        self.dropped += sum(frame.complete for frame in self._waiting)
+        self._waiting.clear()
+
+    def _tell_gap(self, lost_s: float, reason: str = "") -> None:
+        self.gaps += 1
+        logger.warning(
+            "gap in the sound of microphone %s, about %.1f s%s; it begins anew", self._microphone.name, lost_s, reason
+        )
+
+
+def open_audio_source(
+    spec: str, input: AudioInput, *, loop: bool = False, stop: threading.Event | None = None
+) -> Source:
+    """Opens a source of sound by its name on the command line.
+
+    Args:
+        spec: ``mic``, ``mic:NAME``, or the path of an audio file.
+        input: what the model is given.
+        loop: start a file again at its end.
+        stop: ends the iteration when set.
+
+    Raises:
+        SourceError: there is no such source, or it cannot be opened.
+    """
+    stop = stop or threading.Event()
+    kind, _, name = spec.partition(":")
+    if kind == "mic":
+        return MicrophoneSource(spec, stop, name, input)
+    path = Path(spec)
+    if kind == "camera" or "://" in spec or (spec and path.is_dir()):
+        raise SourceError(
+            f"source {public_name(spec)} is none of sound, which this bundle takes", expected=USAGE, mend="give another"
+        )
+    if not spec or not path.is_file():
+        raise SourceError(f"source {public_name(spec)!r} does not exist", expected=USAGE, mend="check the path")
+    return AudioFileSource(spec, stop, path, input, loop)
+
+
+def _frame(stretch: Stretch, begun_s: float, input: AudioInput, file: FileInput | None) -> Frame:
+    """``begun_s`` is the time of the first sample, s since 1970."""
+
+    def at(sample: int) -> datetime:
+        return datetime.fromtimestamp(begun_s + sample / input.sample_rate_hz, timezone.utc)
+
+    return Frame(
+        samples=None if stretch.error else stretch.samples,
+        error=stretch.error,
+        input=file,
+        captured_at=at(stretch.end),
+        window_start=at(stretch.end - stretch.window_samples),
+        begins=stretch.begins,
+        complete=stretch.complete,
+    )

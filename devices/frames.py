@@ -1,0 +1,83 @@
+"""What a source gives, one after the other: frames of video, or stretches of sound."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekit.messages import FileInput, printable
+
+
+@dataclass(frozen=True)
+class Frame:
+    """An image or a stretch of sound, as captured.
+
+    ``image_bgr`` is (height, width, 3), 8-bit, in OpenCV's channel order; ``samples`` are mono at the model's rate,
+    (n,): a window, or the next hop of a stream. Where it could not be read both are None, and ``error`` says why.
+    ``captured_s`` is on the monotonic clock.
+
+    Of sound, ``captured_at`` is the end of the window and ``window_start`` its beginning. ``begins``: it does not
+    follow the one before. ``complete``: with it a whole window was heard; before that a stream only warms up.
+    """
+
+    image_bgr: npt.NDArray[np.uint8] | None = None
+    input: FileInput | None = None
+    error: str = ""
+    captured_at: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
+    captured_s: float = field(default_factory=time.monotonic)
+    samples: npt.NDArray[np.float32] | None = None
+    window_start: datetime | None = None
+    begins: bool = False
+    complete: bool = True
+
+
+class Source:
+    """Iterates over frames until its end, or until ``stop`` is set; a context manager, as it may hold a device.
+
+    Attributes:
+        name: what was asked for, without what may be secret in a URL.
+        captured: how many frames it has read; of sound, how many whole windows.
+        dropped: how many of them it gave to no one, because newer ones had come.
+        gaps: how often sound was lost.
+    """
+
+    live = False
+
+    def __init__(self, spec: str, stop: threading.Event) -> None:
+        self.name, self.stop = public_name(spec), stop
+        self.captured = self.dropped = self.gaps = 0
+
+    def __iter__(self) -> Iterator[Frame]:
+        for frame in self._frames():
+            if self.stop.is_set():
+                return
+            self.captured += frame.complete
+            yield frame
+
+    def _frames(self) -> Iterator[Frame]:
+        raise AssertionError("a subclass reads")
+
+    def close(self) -> None:
+        """Frees the device or file."""
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def public_name(spec: str) -> str:
+    """``spec`` as UTF-8 text, without the user, the password and the query that a URL may hold."""
+    name = printable(spec)
+    return re.sub(r"[?#].*", "", re.sub(r"//[^/]*@", "//", name)) if "://" in name else name
