@@ -34,7 +34,7 @@ class Clips:
         self.front_end = LogMelFrontEnd(input.front_end, input.sample_rate_hz)
         # The frames of a stream are those that are complete, those of a window also the one about its end.
         frames = input.window_samples // input.front_end.frame_hop_samples + (not input.streaming)
-        self.shape = (input.front_end.num_mel_bins, frames, 1)
+        self.shape: tuple[int, int, int] = (input.front_end.num_mel_bins, frames, 1)
 
     def files(self, folder: Path) -> list[Path]:
         return sorted(path for path in folder.rglob("*") if path.suffix.lower() in {".npy", *AUDIO_SUFFIXES})
@@ -59,28 +59,35 @@ class Clips:
             yield levels[..., None]
 
     def check(self, x: Array, where: str) -> Array:
+        """Of a stream, arrays may have any number of frames."""
         mels, frames, _ = self.shape
         if x.dtype not in (np.float32, np.float64):
             raise ConversionError(
                 f"{where}: x", expected="float32 log-mel levels in dB", got=str(x.dtype), mend="convert it"
             )
-        if x.ndim == 4 and x.shape[1:] == (1, mels, frames):  # channels first, as Theano had them
+        given = x.shape
+        if x.ndim == 4 and x.shape[1:3] == (1, mels):  # channels first, as Theano had them
             x = x[:, 0]
-        if x.shape == (mels, frames):
+        if x.ndim == 2:
             x = x[None]
         if x.ndim == 3:
             x = x[..., None]
-        if x.shape[1:] != self.shape:
+        fits = x.ndim == 4 and (x.shape[1], x.shape[3]) == (mels, 1) and 0 not in x.shape
+        if not fits or (x.shape[2] != frames and not self.input.streaming):
+            length = "frames" if self.input.streaming else frames
             raise ConversionError(
                 f"{where}: x of {x.dtype}",
-                expected=f"log-mels of shape ({mels}, {frames}) or (n, {mels}, {frames})",
-                got=str(x.shape[:3] if x.ndim == 4 and x.shape[3] == 1 else x.shape),
+                expected=f"log-mels of shape ({mels}, {length}) or (n, {mels}, {length})",
+                got=str(given),
                 mend="reshape it, or give --mels and --frames that fit",
             )
         return x
 
     def item(self, x: Array) -> Array:
-        return x.astype(np.float32)
+        """Of a stream, what is shorter than it needs to hear has its end before it too, as if it were played again."""
+        missing = max(self.shape[1] - x.shape[1], 0)
+        padded = np.pad(x, ((0, 0), (missing, 0), (0, 0)), "wrap")
+        return padded[:, -self.shape[1] :].astype(np.float32)
 
     def suspicion(self, x: Array) -> str:
         mend = "int8 ranges made from them fit no sound; give 100 or more typical clips"

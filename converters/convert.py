@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,7 +222,7 @@ def convert(
     return of_bundle
 
 
-def _check_kind(model: str, of_images: dict[str, object], of_sound: dict[str, object]) -> None:
+def _check_kind(model: str, of_images: Mapping[str, object], of_sound: Mapping[str, object]) -> None:
     """Refuses options that belong to another kind of model; one that is not given is None."""
     foreign, kind = (of_images, "images") if model == SOUND else (of_sound, "sound")
     if given := [option for option, value in foreign.items() if value is not None]:

@@ -144,7 +144,7 @@ def save(path: Path, items: Iterator[Array], most: int) -> Array:
         file.write(header(most))
         count = 0
         for item in itertools.chain([first], items):
-            file.write(np.ascontiguousarray(item))
+            file.write(item.tobytes())
             count += 1
         file.seek(0)
         file.write(header(count))

@@ -22,6 +22,7 @@ class Kind(Protocol):
         max_calibration, max_validation: more make no better ranges, and no truer figure.
         max_of_file: how many items a file may give.
         noise_count: how many items of noise stand in for data.
+        input: as the manifest has it.
         shape: of an item.
         saturates: whether such models flip rather than drift, as :mod:`edgekit.converters.fidelity` has it.
     """
@@ -32,8 +33,13 @@ class Kind(Protocol):
     max_validation: int
     max_of_file: int
     noise_count: int
-    shape: tuple[int, ...]
     saturates: bool
+
+    @property
+    def input(self) -> ImageInput | AudioInput: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
     def files(self, folder: Path) -> list[Path]:
         """Those in ``folder`` and below that may be of this kind, in order."""

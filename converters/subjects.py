@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import keras
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
@@ -16,7 +17,7 @@ from edgekit.converters.clips import Clips
 from edgekit.converters.images import Images
 from edgekit.converters.kinds import Array, Kind, Tensors
 from edgekit.errors import ConversionError
-from edgekit.manifest import ImageInput
+from edgekit.manifest import AudioInput, ImageInput
 
 if TYPE_CHECKING:
     from edgekit.converters.worker import Job
@@ -124,20 +125,25 @@ def open_sound(job: Job) -> Subject:
             expected="one over the mel bands",
             mend="train the model with --bn-axis frequency, or leave out --streaming",
         )
-    frames = job.frames or crnn.FRAMES
     model = crnn.build(
-        frames=frames,
+        frames=job.frames or crnn.FRAMES,
         num_mel_bins=job.mels or crnn.MEL_BINS,
         tags=job.classes or len(labels) or len(crnn.TAGS),
         bn_axis=axis,
     )
     warnings = [_random(job.model)] if job.weights == "none" else [*crnn.load(model, job.weights)]
-    kind = Clips(crnn.audio_input(model, frames, job.hop, streaming=job.streaming, exact=job.exact))
+    kind = Clips(_audio_input(model, job))
 
-    def convert(recipe: str, calibration: Array | None, progress: Progress) -> bytes:  # noqa: ARG001 told by itself
+    def convert(recipe: str, calibration: Array | None, progress: Progress) -> bytes:  # noqa: ARG001 it does not tell
         return crnn_graph.convert(model, recipe, calibration, streaming=job.streaming, exact=job.exact)
 
     features = keras.Model(model.input, model.get_layer("reshape").output)
+    predict = _function(model)
+    if job.exact:  # the last window of what was heard
+        whole, frames = predict, model.input_shape[2]
+        predict = lambda tensors: whole(tensors[:, :, -frames:])  # noqa: E731
+    elif job.streaming:
+        predict = lambda tensors: np.concatenate([crnn_graph.reference(model, x[None]) for x in tensors])  # noqa: E731
     return Subject(
         kind=kind,
         classes=model.output_shape[1],
@@ -145,11 +151,45 @@ def open_sound(job: Job) -> Subject:
         multi_label=True,
         batch=4,
         few=12,
-        predict=_function(model),
+        predict=predict,
         convert=convert,
         features=None if job.streaming else _function(features),
         layered=not job.streaming,
         warnings=warnings,
+    )
+
+
+def _audio_input(model: Any, job: Job) -> AudioInput:
+    """The window and the hop of ``model``, and its front end."""
+    from edgekit.converters import crnn_graph
+
+    _, num_mel_bins, frames, _ = model.input_shape
+    frame_hop = crnn.FRONT_END.frame_hop_samples
+    # The batch form has a frame about the end of the window too.
+    window_samples = (frames - 1) * frame_hop
+    hop_samples = round(job.hop * crnn.SAMPLE_RATE_HZ) if job.hop else window_samples // 2
+    if job.streaming:
+        window_samples = crnn_graph.streaming_window_samples(frames, frame_hop, exact=job.exact)
+        of_graph = crnn_graph.STEP * frame_hop
+        if job.hop and hop_samples != of_graph:
+            raise ConversionError(
+                f"--hop {job.hop:g}",
+                expected=f"{of_graph / crnn.SAMPLE_RATE_HZ:g} s with --streaming, as its graph is made",
+                got=f"{job.hop:g}",
+                mend="leave it out",
+            )
+        hop_samples = of_graph
+    return AudioInput(
+        sample_rate_hz=crnn.SAMPLE_RATE_HZ,
+        window_samples=window_samples,
+        hop_samples=max(hop_samples, 1),
+        streaming=job.streaming,
+        # A stream does not know its loudest frame.
+        front_end=msgspec.structs.replace(
+            crnn.FRONT_END,
+            num_mel_bins=num_mel_bins,
+            range_db=None if job.streaming else crnn.FRONT_END.range_db,
+        ),
     )
 
 

@@ -63,10 +63,17 @@ def cli() -> None:
 @click.argument("model")
 @click.option("-o", "--output", required=True, metavar="OUT.tflite", help="The bundle to write.")
 @click.option(
-    "--weights", default="none", metavar="none|imagenet|PATH", help="For a named model: its weights.  [default: none]"
+    "--weights",
+    default="none",
+    metavar="none|imagenet|msd|PATH",
+    help="For a named model: its weights; msd is the published CRNN.  [default: none]",
 )
-@click.option("--labels", metavar="FILE", help="A text file with one label a line.")
-@click.option("--calibration", metavar="PATH", help="A folder of images, or an .npy or .npz, to fix int8 ranges with.")
+@click.option("--labels", metavar="FILE", help="A text file with one label a line.  [default: those of msd, or none]")
+@click.option(
+    "--calibration",
+    metavar="PATH",
+    help="A folder of images, or for crnn of audio files or log-mels, or an .npy or .npz, to fix int8 ranges with.",
+)
 @click.option(
     "--validation",
     metavar="PATH",
@@ -90,7 +97,9 @@ def cli() -> None:
 )
 @click.option("--report", metavar="DIR", help="Write report.html and report.json into this folder.")
 @click.option("--input-size", type=int, metavar="PIXELS", help="Side of the input, where the model leaves it open.")
-@click.option("--classes", type=int, help="For a named model: how many, if there is no --labels.  [default: 1000]")
+@click.option(
+    "--classes", type=int, help="For a named model: how many, if there is no --labels.  [default: 1000, crnn: 50]"
+)
 @click.option("--alpha", type=float, default=1.0, show_default=True, help="For a named model: its width multiplier.")
 @click.option("--minimalistic", is_flag=True, help="For a named model: without hard-swish and squeeze-and-excitation.")
 @click.option("--dropout", type=float, help="For a named model: share before the classes.  [default: 0.2]")
@@ -105,13 +114,32 @@ def cli() -> None:
     "--mean", type=float, help="Pixels become (x - mean) / std, x in 0..255.  [default: the model's own, or 127.5]"
 )
 @click.option("--std", type=float, help="See --mean.  [default: the model's own, or 127.5]")
+@click.option("--mels", type=int, help="For crnn: bands of its log-mel spectrogram, 96 or more.  [default: 96]")
+@click.option(
+    "--frames",
+    type=int,
+    help="For crnn: frames of its window, one each 256 samples at 12 kHz.  [default: 1366, 29.1 s]",
+)
+@click.option(
+    "--bn-axis",
+    type=click.Choice(["time", "frequency"]),
+    help="For crnn: what its first normalization is over; time, as published, or what --streaming needs.",
+)
+@click.option(
+    "--streaming", is_flag=True, help="For crnn: a bundle that is given new sound only: a result every 0.512 s."
+)
+@click.option("--exact", is_flag=True, help="With --streaming: the scores of the padded window, for some more work.")
+@click.option(
+    "--hop", type=float, metavar="SECONDS", help="For crnn: from one prediction to the next.  [default: half a window]"
+)
 @click.option("--name", help="The bundle's name.  [default: that of OUT]")
 @click.option("--version", default="1", show_default=True, help="The bundle's version.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def convert(model: str, output: str, as_json: bool, **options: Any) -> None:
     """Turn MODEL into a quantized bundle.
 
-    MODEL is mobilenet-v3-small, mobilenet-v3-large, or the path of a classifier: .keras, .h5 or a SavedModel folder.
+    MODEL is mobilenet-v3-small, mobilenet-v3-large, crnn (a music tagger), or the path of an image classifier: .keras,
+    .h5 or a SavedModel folder.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
     from edgekit.terminal import progress_bar
@@ -129,17 +157,24 @@ def convert(model: str, output: str, as_json: bool, **options: Any) -> None:
     if manifest.quantization_reason:
         click.echo(f"  {manifest.quantization} because: {manifest.quantization_reason}")
     if checked := manifest.verification:
-        click.echo(_verdict(checked))
+        click.echo(_verdict(checked, "image" if manifest.task == "image-classification" else "clip"))
     for name, check in manifest.runtimes.items():
-        click.echo(
-            f"  {f'{name} {check.version}'.strip()}: {check.status}{f' ({check.detail})' if check.detail else ''}"
-        )
+        remarks = [check.detail] if check.detail else []
+        if check.within_0_03 is not None and check.status == "ok":
+            remarks.append(f"{check.within_0_03:.0%} within 0.03, at most {check.max_abs_difference:.3f} off")
+        click.echo(f"  {f'{name} {check.version}'.strip()}: {check.status}{f' ({remarks[0]})' if remarks else ''}")
 
 
-def _verdict(checked: Any) -> str:
+def _verdict(checked: Any, thing: str) -> str:
     if checked.data == "noise":
-        return f"  no data to hold it against: compared on {checked.count} frames of noise only"
-    line = f"  agrees with the Keras model on {checked.top1_agreement:.1%} of {checked.count} {checked.data} images"
+        return f"  no data to hold it against: compared on {checked.count} {thing}s of noise only"
+    things = f"{checked.count} {checked.data} {thing}{'s' if checked.count > 1 else ''}"
+    line = f"  agrees with the Keras model on {checked.top1_agreement:.1%} of {things}"
+    if checked.within_0_03 is not None:
+        many = f"{checked.copies} shifted copies" if checked.copies else "them"
+        line += f"; {checked.within_0_03:.0%} of {many} within 0.03 with the same tag first"
+    if checked.features_sqnr_db is not None:
+        line += f"; {checked.features_sqnr_db:.0f} dB before the GRU"
     if checked.top1 is not None:
         line += f"; top-1 {checked.top1:.1%}, Keras {checked.top1_keras:.1%}"
     elif checked.f1_macro is not None:

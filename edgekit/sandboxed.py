@@ -51,7 +51,10 @@ class _Interpreter:
         self._outputs = self._interpreter.get_output_details()
         self.inputs = [(detail["shape"], detail["dtype"]) for detail in self._inputs]
         self.output = (self._outputs[0]["shape"], self._outputs[0]["dtype"])
-        self.states = [(detail["shape"], detail["dtype"]) for detail in self._inputs[1:]]
+        # Zeros, as the device begins with: for quantized ones their zero point.
+        self.states = [
+            np.full(detail["shape"], detail["quantization"][1], detail["dtype"]) for detail in self._inputs[1:]
+        ]
         self.pieces = self._pieces()
 
     def _pieces(self) -> list[list[int]]:
@@ -146,7 +149,7 @@ def _replay(model: Any, inputs: str, outputs: str) -> None:
     results = np.empty((len(tensors), *shape[1:]), dtype)
     for number, tensor in enumerate(tensors):
         if tensor.ndim == len(model.inputs[0][0]):
-            states = [np.zeros(*state) for state in model.states]
+            states = model.states
             for step in tensor:
                 model.set([step[None], *states])
                 model.invoke()
