@@ -28,9 +28,12 @@ from edgekit.converters.worker import SOUND, BatchNormAxis, Event, Head, Job, Re
 from edgekit.coverage import Coverage
 from edgekit.errors import ConversionError
 from edgekit.flatbuffer import Model
-from edgekit.manifest import Manifest, Output
+from edgekit.manifest import AudioInput, Manifest, Output
 
 logger = logging.getLogger(__name__)
+
+# What a music tagger gives, wherever in its graph the sigmoid lies.
+_TAGS = Output(activation="sigmoid", multi_label=True)
 
 _ROOT = str(Path(bundle.__file__).parents[1])
 
@@ -280,7 +283,7 @@ def _convert(job: Job, name: str, version: str, max_drop: float | None, progress
         path.read_bytes(), result.input, name=name, version=version, labelled=labelled, states=states
     )
     path.write_bytes(content)
-    output = bundle.guess_output(Model(content))
+    output = _TAGS if isinstance(result.input, AudioInput) else bundle.guess_output(Model(content))
     truth = np.load(folder / "class_ids.npy") if (folder / "class_ids.npy").exists() else None
     if truth is not None and truth.ndim == 2 and not output.multi_label:
         truth = truth.argmax(1)  # one label each: the scores only looked like those of several at once

@@ -23,8 +23,8 @@ TOLERANCE = 0.03
 REQUIRED_SHARE = 0.8
 # Tags whose scores are closer have no order: an int8 score has steps of 0.004, and two may be off by one each.
 TIE = 0.01
-# The tensor before the gates, as the converter names it; and on how many clips it is measured.
-FEATURES, MAX_CLIPS = "features", 8
+# On how many clips the features are measured.
+MAX_CLIPS = 8
 
 Scores = npt.NDArray[np.float32]
 
@@ -60,7 +60,7 @@ def judge(scores: Scores, of_keras: Scores, clips: int) -> Fidelity:
 
 
 def features_sqnr_db(content: bytes, pairs: Iterable[tuple[npt.NDArray[Any], npt.NDArray[Any]]]) -> float | None:
-    """Signal to noise ratio, dB, of the flatbuffer's tensor ``FEATURES``; None where it has none.
+    """Signal to noise ratio, dB, of what enters the gates of a flatbuffer's GRU; None where that is not to be found.
 
     Args:
         pairs: an input tensor (1, ...), and what the float model has in its place.
@@ -68,7 +68,7 @@ def features_sqnr_db(content: bytes, pairs: Iterable[tuple[npt.NDArray[Any], npt
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
     graph = Model(content)
-    index = next((i for i, tensor in enumerate(graph.tensors) if tensor.name == FEATURES), None)
+    index = _features(graph)
     if index is None or len(graph.inputs) != 1:
         return None
     # XNNPACK keeps what lies inside its pieces to itself.
@@ -91,3 +91,11 @@ def features_sqnr_db(content: bytes, pairs: Iterable[tuple[npt.NDArray[Any], npt
         signal += float(np.square(expected, dtype=np.float64).sum())
         noise += float(np.square(expected.ravel() - real.ravel(), dtype=np.float64).sum())
     return 10 * math.log10(signal / noise) if signal and noise else None
+
+
+def _features(graph: Model) -> int | None:
+    """The tensor of that name, which converters drop where it is but another shape of what it is made of: or what
+    enters the first fully connected operator, the kernel of the first GRU."""
+    named = (number for number, tensor in enumerate(graph.tensors) if tensor.name == "features")
+    entering = (operator.inputs[0] for operator in graph.operators if operator.name == "FULLY_CONNECTED")
+    return next(named, next(entering, None))

@@ -134,7 +134,13 @@ def verdict(report: Report) -> str:
         parts.append(accuracy)
     check = manifest.verification
     if check is not None and check.top1_agreement is not None:
-        parts.append(f"agreement with the float model on {_percent(check.top1_agreement)} of {check.count:,} images")
+        things = "images" if manifest.task == "image-classification" else "clips"
+        parts.append(f"agreement with the float model on {_percent(check.top1_agreement)} of {check.count:,} {things}")
+        if check.within_0_03 is not None:
+            copies = f" of {check.copies} shifted copies" if check.copies else ""
+            parts.append(f"{_percent(check.within_0_03)}{copies} within 0.03")
+        if check.features_sqnr_db is not None:
+            parts.append(f"{check.features_sqnr_db:.1f} dB before the part that saturates")
     preferred = next((name for name, check in manifest.runtimes.items() if check.status == "ok"), "")
     p50_ms = {row.model: row.p50_ms for row in report.latency if (row.runtime, row.threads) == (preferred, 1)}
     if recipe in p50_ms:

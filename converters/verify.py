@@ -94,6 +94,7 @@ def verify(
     keras_scores = scores(compared.keras_outputs, output)
     count = len(keras_scores) - compared.copies
     reference = min(found, key=lambda name: float(np.abs(found[name] - keras_scores).mean()))
+    problems = {}
     for name, values in found.items():
         if kind.saturates and compared.data != "noise":
             judged = fidelity.judge(values, keras_scores, count)
@@ -103,6 +104,7 @@ def verify(
             agreement, within = agree(values, keras_scores, output), None
             same = difference <= MAX_RELATIVE_DIFFERENCE
             problem = "" if same else f"its outputs are {difference:.0%} off those of {reference}"
+        problems[name] = problem
         checks[name] = msgspec.structs.replace(
             checks[name],
             status="differs" if problem else "ok",
@@ -113,10 +115,10 @@ def verify(
         )
     preferred = next((name for name, check in checks.items() if check.status == "ok"), "")
     if not preferred:
-        reasons = "; ".join(f"{name}: {checks[name].detail}" for name in found)
+        reasons = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
         raise UnfaithfulError(
             f"the converted model is not the Keras model any more ({reasons})",
-            mend="try another --quantize: float16 and int8-weights lose least",
+            mend="try another --quantize: float16 loses least, int8-weights next",
         )
     keras_scores, kept = keras_scores[:count], found[preferred][:count]
     agreement = checks[preferred].top1_agreement or 0.0
