@@ -186,6 +186,12 @@ def convert(
         report=report is not None,
     )
     choices = [Choice(quantize, "")] if quantize != "auto" else targets.choose(target, calibration is not None)
+    if streaming and quantize == "auto":  # the states of a stream are float
+        choices = [choice for choice in choices if choice.recipe not in targets.CALIBRATED]
+        if not choices:
+            raise ConversionError(
+                f"--streaming for {target}, which runs int8 graphs only", mend="leave one of them out"
+            )
     with ExitStack() as stack:
         temporary = stack.enter_context(bundle.replacing(output))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgekit-")))

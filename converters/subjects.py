@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from edgekit.converters import crnn, models, recipes, rewrite
+from edgekit.converters import crnn, models, recipes, rewrite, targets
 from edgekit.converters.clips import Clips
 from edgekit.converters.images import Images
 from edgekit.converters.kinds import Array, Kind, Tensors
@@ -31,7 +31,8 @@ class Subject:
 
     Attributes:
         predict: items' float tensors, as many as ``batch`` at most -> scores (n, classes), of the model itself.
-        convert: recipe, calibration items where the recipe needs them, progress -> a flatbuffer.
+        convert: recipe, calibration items where there are some, progress -> a flatbuffer.
+        calibrated: the recipes that look at them.
         few: so many calibration items are enough not to be warned about.
         features: items' float tensors -> what comes before the part that saturates; None where there is none.
         layered: whether each layer of the flatbuffer can be held against that of a float one.
@@ -45,6 +46,7 @@ class Subject:
     few: int
     predict: Callable[[Array], Array]
     convert: Callable[[str, Array | None, Progress], bytes]
+    calibrated: tuple[str, ...] = targets.CALIBRATED
     features: Callable[[Array], Array] | None = None
     layered: bool = True
     warnings: list[str] = field(default_factory=list)
@@ -113,7 +115,7 @@ def open_sound(job: Job) -> Subject:
     Raises:
         ConversionError: an option or the weights do not fit.
     """
-    from edgekit.converters import crnn_graph
+    from edgekit.converters import crnn_graph, crnn_quantize
 
     published = crnn.is_published(job.weights)
     labels = job.labels or (crnn.TAGS if published and job.classes in (None, len(crnn.TAGS)) else ())
@@ -135,7 +137,7 @@ def open_sound(job: Job) -> Subject:
     kind = Clips(_audio_input(model, job))
 
     def convert(recipe: str, calibration: Array | None, progress: Progress) -> bytes:  # noqa: ARG001 it does not tell
-        return crnn_graph.convert(model, recipe, calibration, streaming=job.streaming, exact=job.exact)
+        return crnn_quantize.convert(model, recipe, calibration, streaming=job.streaming, exact=job.exact)
 
     features = keras.Model(model.input, model.get_layer("reshape").output)
     predict = _function(model)
@@ -153,6 +155,7 @@ def open_sound(job: Job) -> Subject:
         few=12,
         predict=predict,
         convert=convert,
+        calibrated=(*targets.CALIBRATED, "int8-weights"),
         features=None if job.streaming else _function(features),
         layered=not job.streaming,
         warnings=warnings,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import numpy as np
 
-from edgekit.converters import data, targets
+from edgekit.converters import data
 from edgekit.converters.report import CalibrationSummary, Layer
 from edgekit.errors import EdgekitError
 from edgekit.manifest import AudioInput, Calibration, ImageInput, VerifiedOn
@@ -188,7 +188,7 @@ def _convert(job: Job, tell: Any) -> Result:
         sqnr_db = fidelity.features_sqnr_db(content, ((x, subject.features(x)) for x in some))
     if compared.class_ids is not None:
         np.save(folder / "class_ids.npy", compared.class_ids)
-    used = calibration if job.quantize in targets.CALIBRATED else None
+    used = calibration if job.quantize in subject.calibrated else None
     of_layers: tuple[Layer, ...] = ()
     if job.report:
         float32 = content if job.quantize == "float32" else subject.convert("float32", None, lambda _: None)
