@@ -20,12 +20,13 @@ import numpy.typing as npt
 
 from edgekit.devices.recorder import HEADER
 from edgekit.errors import SourceError
+from edgekit.sandbox import describe_exit
 
 logger = logging.getLogger(__name__)
 
-# A sound system that takes longer to open a device hangs.
+# A sound system that takes longer to open a device, and to get the first sound from it, hangs.
 OPEN_TIMEOUT_S = 10.0
-# So does a device that gives nothing for so long.
+# So does a device that gives nothing more for so long.
 STALL_TIMEOUT_S = 2.0
 
 
@@ -64,10 +65,10 @@ class Microphone:
         self._unread = bytearray()
 
     def open(self) -> None:
-        """Waits until it records.
+        """Waits until there is sound, maybe silence.
 
         Raises:
-            SourceError: there is no such microphone, it cannot be opened, or PyAudio is missing.
+            SourceError: there is no such microphone, it cannot be opened or gives nothing, or PyAudio is missing.
         """
         deadline_s = time.monotonic() + OPEN_TIMEOUT_S
         while b"\n" not in self._unread:
@@ -77,6 +78,8 @@ class Microphone:
         if "error" in found:
             raise SourceError(found["error"], mend=found["mend"])
         self.name, self.sample_rate_hz, self.channels = found["name"], found["sample_rate_hz"], found["channels"]
+        while not self._unread:
+            self._receive(deadline_s, "gives no sound")
         logger.debug("recording from %s at %d Hz, %d channels", self.name, self.sample_rate_hz, self.channels)
 
     def read(self) -> Block:
@@ -105,7 +108,9 @@ class Microphone:
         if not received:
             self._log.seek(0)
             logger.debug("%s", self._log.read()[-20_000:])
-            raise SourceError(f"microphone {self.name or 'default'} stopped", mend="check that it is plugged in")
+            status = self._recorder.wait()
+            how = f" ({describe_exit(status)})" if status else ""
+            raise SourceError(f"microphone {self.name or 'default'} stopped{how}", mend="check that it is plugged in")
         self._unread += received
 
     def end(self) -> None:

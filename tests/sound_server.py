@@ -26,8 +26,9 @@ class SoundServer:
             "HOME": str(folder),
             "XDG_RUNTIME_DIR": str(folder),
         }
+        self._playing: list[subprocess.Popen[bytes]] = []
         self._modules = [
-            f"module-null-sink sink_name=cable rate={rate_hz} channels={channels}",
+            f"module-null-sink sink_name=cable rate={rate_hz} channels={channels} norewinds=1",
             f"module-native-protocol-unix socket={self._socket} auth-anonymous=1",
         ]
         self.start()
@@ -60,10 +61,17 @@ class SoundServer:
         self._process.send_signal(signal.SIGCONT)
 
     def play(self, path: Path) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(["paplay", str(path)], env=self.environment, stderr=subprocess.DEVNULL)
+        self._playing.append(subprocess.Popen(["paplay", str(path)], env=self.environment, stderr=subprocess.DEVNULL))
+        return self._playing[-1]
 
     def play_tone(self, hz: float, seconds: float = 30.0) -> subprocess.Popen[bytes]:
         path = self._folder / f"{hz:g}.wav"
         tone = 0.2 * np.sin(2 * np.pi * hz * np.arange(int(44_100 * seconds)) / 44_100)
         soundfile.write(path, tone, 44_100)
         return self.play(path)
+
+    def close(self) -> None:
+        for player in self._playing:
+            player.kill()
+            player.wait()
+        self.stop()
