@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
+import numpy as np
+
 from edgekit.audio import Resampler, read_audio
 from edgekit.devices.frames import Frame, Source, public_name
 from edgekit.devices.microphone import Block, Microphone
@@ -170,7 +172,7 @@ class MicrophoneSource(Source):
             self._tell_gap(max(late_s, 0.0))
             self._restart()
         self._clock.count(samples, block.arrived_s)
-        sound = self._resampler(block.samples.astype("float32") / 32_768)
+        sound = self._resampler(block.samples.astype(np.float32) / np.float32(32_768))
         for stretch in self._cutter.push(sound):
             if not self._deliver(_frame(stretch, wall_time_s(self._clock.time_s(0.0)), self._input, None)):
                 self._tell_gap(MAX_BACKLOG_S, ": the model is too slow for its stream")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -19,6 +19,7 @@ from edgekit import bundle, runtimes
 from edgekit.bundle import File
 from edgekit.devices.interpreter import Model
 from edgekit.errors import EdgekitError
+from edgekit.manifest import AudioInput, ImageInput
 from edgekit.runtimes import Runtime
 from edgekit.sandbox import Sandbox, SandboxError, alternate
 
@@ -59,10 +60,12 @@ class Inference(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stages(msgspec.Struct, frozen=True, kw_only=True):
-    """The stages of the pipeline on a 1280 x 720 frame, in the runtime and with the threads that :func:`edgekit.load`
-    takes by itself. A ``problem`` says why there are none."""
+    """The stages of the pipeline on what ``given`` tells, in the runtime and with the threads that :func:`edgekit.load`
+    takes by itself: a 1280 x 720 frame, a window of sound or, where it streams, a hop. A ``problem`` says why there are
+    none."""
 
     bundle: str
+    given: str = ""
     preprocess_ms: Times | None = None
     inference_ms: Times | None = None
     decode_ms: Times | None = None
@@ -195,12 +198,12 @@ def _inference(trials: list[_Trial], seconds: float, progress: Callable[[str, in
 def _stages(file: File, seconds: float) -> Stages:
     try:
         of_bundle = bundle.classifier(file)
-        frame = np.random.default_rng(0).integers(0, 256, (FRAME_WH[1], FRAME_WH[0], 3), np.uint8)
+        given, frame = _frame(of_bundle.input)
         marks: list[tuple[float, ...]] = []
         with Model(of_bundle) as model:
             started_s = time.perf_counter()
             while (now_s := time.perf_counter()) - started_s < seconds or len(marks) < 10:
-                tensor = model.preprocess(frame, "bgr")
+                tensor = model.preprocess(*frame)
                 preprocessed_s = time.perf_counter()
                 raw = model.invoke(tensor)
                 inferred_s = time.perf_counter()
@@ -211,10 +214,22 @@ def _stages(file: File, seconds: float) -> Stages:
     preprocess, inference, decode = 1e3 * np.diff(np.array(marks[1:]), axis=1).T
     return Stages(
         bundle=str(file.path),
+        given=given,
         preprocess_ms=_times(preprocess),
         inference_ms=_times(inference),
         decode_ms=_times(decode),
     )
+
+
+def _frame(input: ImageInput | AudioInput) -> tuple[str, tuple[Any, ...]]:
+    """What a source gives, in words, and as arguments of :attr:`Model.preprocess`."""
+    random = np.random.default_rng(0)
+    if isinstance(input, AudioInput):
+        samples = input.hop_samples if input.streaming else input.window_samples
+        what = "hop" if input.streaming else "window"
+        return f"{what} of {samples / input.sample_rate_hz:.2f} s", (random.uniform(-0.1, 0.1, samples),)
+    width, height = FRAME_WH
+    return f"{width} x {height} frame", (random.integers(0, 256, (height, width, 3), np.uint8), "bgr")
 
 
 def _times(ms: npt.NDArray[np.float64]) -> Times:

@@ -150,7 +150,8 @@ class Pipeline:
         if frame.begins:
             model.reset()
         if frame.error:
-            return self._fail(frame, frame.error)
+            self._fail(frame, frame.error)
+            return None
         started_s = time.monotonic()
         tensor = (
             model.preprocess(frame.samples) if frame.image_bgr is None else model.preprocess(frame.image_bgr, "bgr")
@@ -167,7 +168,8 @@ class Pipeline:
             predictions = model.decode(raw, threshold=self._thresholds, top_k=self.settings.top_k)
         except NotFiniteError as error:
             model.reset()
-            return self._fail(frame, str(error))
+            self._fail(frame, str(error))
+            return None
         self._inferred += 1
         return PredictionMessage(
             schema="edgekit.prediction/1",

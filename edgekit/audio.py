@@ -121,10 +121,10 @@ class LogMelFrontEnd:
 
     def reset(self) -> None:
         """Forgets the stream so far: the next samples begin another."""
-        self._held = np.empty(0, np.float32)
-        self._begun = False
+        self._held: Samples = np.empty(0, np.float32)
+        self._begun: bool = False
         # Where in _held the next frame begins; past its end where frames lie further apart than they are long.
-        self._skip = 0
+        self._skip: int = 0
 
     def _no_frames(self) -> Samples:
         return np.empty((self.front_end.num_mel_bins, 0), np.float32)

@@ -37,9 +37,7 @@ def print_inspection(found: dict[str, Any]) -> None:
         facts["classes"] = (
             f"{len(how['labels'])}: {', '.join(how['labels'][:5])}{', …' if len(how['labels']) > 5 else ''}"
         )
-        facts["input"] = "{size_wh[0]} x {size_wh[1]} x {channels}, {resize}, mean {mean}, std {std}".format(
-            **how["input"]
-        )
+        facts["input"] = _input(how["input"])
         facts["output"] = "{activation}, in the graph: {in_graph}, multi-label: {multi_label}".format(**how["output"])
     if manifest:
         reason = manifest["quantization_reason"]
@@ -85,6 +83,18 @@ def print_inspection(found: dict[str, Any]) -> None:
     console.print(delegates)
 
 
+def _input(given: dict[str, Any]) -> str:
+    if given["kind"] == "image":
+        return "{size_wh[0]} x {size_wh[1]} x {channels}, {resize}, mean {mean}, std {std}".format(**given)
+    window_s, hop_s = (given[key] / given["sample_rate_hz"] for key in ("window_samples", "hop_samples"))
+    streaming = ", streaming" if given["streaming"] else ""
+    front_end = (
+        "{kind} of {num_mel_bins} bands from {low_hz:g} to {high_hz:g} Hz, {fft_samples} samples every "
+        "{frame_hop_samples}"
+    ).format(**given["front_end"])
+    return f"{window_s:.2f} s every {hop_s:.2f} s at {given['sample_rate_hz']:,} Hz{streaming}; {front_end}"
+
+
 def print_bench(measured: Any) -> None:
     """``measured`` as :func:`edgekit.bench` returns it."""
     console = _console()
@@ -113,14 +123,14 @@ def print_bench(measured: Any) -> None:
         )
     console.print(table)
     stages = Table(box=None)
-    stages.add_column("bundle, 1280 x 720 frame")
-    stages.add_column("stage")
+    for heading in ("bundle", "given", "stage"):
+        stages.add_column(heading)
     for heading in ("p50 ms", "p95 ms", "p99 ms"):
         stages.add_column(heading, justify="right")
     for row in measured.stages:
         for stage in ("preprocess", "inference", "decode"):
             if times := getattr(row, f"{stage}_ms"):
-                stages.add_row(names[row.bundle], stage, *_cells(times))
+                stages.add_row(names[row.bundle], row.given, stage, *_cells(times))
         if row.problem:
             problems.setdefault(f"stages: {row.problem}", {})[names[row.bundle]] = None
     if stages.row_count:

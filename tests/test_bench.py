@@ -79,3 +79,11 @@ def test_bench_command_prints_tables_and_json(edgekit_cli: Any, models: Path) ->
     told = edgekit_cli("bench", *bundles, *options, "--json")
     found = json.loads(told.stdout)
     assert found["schema"] == "edgekit.bench/1" and len(found["inference"]) >= 2
+
+
+@pytest.mark.parametrize(("name", "given"), [("window", "window of 0.51 s"), ("stream", "hop of 0.26 s")])
+def test_bench_of_a_bundle_that_hears(sound_models: Path, name: str, given: str) -> None:
+    measured = edgekit.bench(sound_models / f"{name}.tflite", delegates=["cpu"], threads=[1], seconds=0.1)
+    assert all(row.latency_ms for row in measured.inference)
+    (stages,) = measured.stages
+    assert stages.given == given and stages.preprocess_ms and stages.inference_ms and stages.decode_ms

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from edgekit.decode import NotFiniteError, scores, top
+from edgekit.decode import NotFiniteError, scores, thresholds, top
+from edgekit.errors import EdgekitError
 from edgekit.manifest import Output
 
 LABELS = ("a", "b", "c", "d")
@@ -45,3 +48,38 @@ def test_top_is_sorted_labelled_and_cut() -> None:
 
 def test_top_of_equal_scores_is_the_lower_class_first() -> None:
     assert [p.class_id for p in top(np.full(4, 0.25, np.float32), LABELS, top_k=4)] == [0, 1, 2, 3]
+
+
+def test_top_reaches_the_threshold_of_its_class() -> None:
+    values = np.array([0.2, 0.5, 0.05, 0.25], np.float32)
+    limits = np.array([0.1, 0.6, 0.0, 0.25], np.float32)
+    assert [p.label for p in top(values, LABELS, limits)] == ["d", "a", "c"]
+    assert [p.label for p in top(values, LABELS, limits, top_k=1)] == ["d"]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"),
+    [
+        (0.3, [0.3, 0.3, 0.3, 0.3]),
+        ({"b": 0.5}, [0, 0.5, 0, 0]),
+        ({"*": 0.9, "a": 0, "d": 1}, [0, 0.9, 0.9, 1]),
+        ({}, [0, 0, 0, 0]),
+    ],
+)
+def test_thresholds_are_by_class(threshold: Any, expected: list[float]) -> None:
+    assert thresholds(threshold, LABELS) == pytest.approx(np.array(expected))
+
+
+@pytest.mark.parametrize(
+    ("threshold", "complaint"),
+    [
+        ({"jaz": 0.5}, r"threshold jaz=0\.5: expected a label of the model; try jazz$"),
+        ({"xyz": 0.5}, "try rock or jazz"),
+        ({"jazz": 1.5}, r"from 0 to 1, got 1\.5"),
+        (-1, "from 0 to 1"),
+        (float("nan"), "from 0 to 1"),
+    ],
+)
+def test_threshold_that_fits_no_class_is_an_error(threshold: Any, complaint: str) -> None:
+    with pytest.raises(EdgekitError, match=complaint):
+        thresholds(threshold, ("rock", "jazz", "acid jazz"))

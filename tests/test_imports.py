@@ -8,7 +8,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("tensorflow", "keras", "cv2", "ai_edge_litert", "tflite_runtime", "paho", "amqtt", "rich", "numpy")
+HEAVY = (
+    "tensorflow",
+    "keras",
+    "cv2",
+    "ai_edge_litert",
+    "tflite_runtime",
+    "paho",
+    "amqtt",
+    "rich",
+    "numpy",
+    "soundfile",
+    "soxr",
+    "pyaudio",
+)
 
 
 def loaded_after(code: str, cwd: Path) -> set[str]:
@@ -31,12 +44,25 @@ def test_help_loads_nothing_heavy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["interpreter", "sources", "pipeline", "publisher"], ids=lambda name: f"devices.{name}"
+    "module", ["interpreter", "sources", "audio_sources", "pipeline", "publisher"], ids=lambda name: f"devices.{name}"
 )
 def test_devices_import_without_tensorflow(module: str, tmp_path: Path) -> None:
     loaded = loaded_after(f"import edgekit.devices.{module}", tmp_path)
     assert not loaded & {"tensorflow", "keras", "h5py", "ai_edge_quantizer"}
     assert "numpy" in loaded or "paho" in loaded
+
+
+def test_sound_needs_no_opencv(sound_models: Path, tmp_path: Path) -> None:
+    """Nor do images need what reads sound."""
+    loaded = loaded_after(
+        "import edgekit, wave\n"
+        "with wave.open('a.wav', 'wb') as file:\n"
+        "    file.setnchannels(1), file.setsampwidth(2), file.setframerate(12000), file.writeframes(bytes(20000))\n"
+        f"assert len(list(edgekit.stream({str(sound_models / 'window.tflite')!r}, 'a.wav'))) == 3",
+        tmp_path,
+    )
+    assert "soundfile" in loaded and not loaded & {"cv2", "soxr", "pyaudio", "tensorflow"}
+    assert not loaded_after("import edgekit.devices.sources", tmp_path) & {"soundfile", "soxr", "pyaudio"}
 
 
 def imported_names(path: Path) -> set[str]:

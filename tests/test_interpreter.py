@@ -108,3 +108,73 @@ def test_custom_operator_nobody_has_is_named(vision_data: Path) -> None:
 def test_model_that_is_no_image_classifier_is_refused(vision_data: Path, name: str) -> None:
     with pytest.raises(BundleError, match=r"expected .*got .*give an image classifier"):
         edgekit.load(vision_data / f"{name}.tflite")
+
+
+def tone(hz: float, samples: int = 12_288) -> np.ndarray:
+    return (0.2 * np.sin(2 * np.pi * hz * np.arange(samples) / 12_000)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("hz", "label"), [(440, "low"), (3000, "high"), (0, "silence")])
+@pytest.mark.parametrize("samples", [6144, 20_000, 5900])
+def test_predict_names_what_is_heard(sound_models: Path, hz: float, label: str, samples: int) -> None:
+    with edgekit.load(sound_models / "window.tflite") as model:
+        (best,) = model.predict(tone(hz, samples), threshold=0.5)
+        assert best.label == label and model.warm
+        assert model.predict((tone(hz, samples) * 32_768).astype(np.int16), top_k=1)[0].label == label
+
+
+def test_predict_takes_the_middle_of_what_is_longer(sound_models: Path) -> None:
+    sound = np.concatenate([tone(3000, 10_000), tone(440, 6144), tone(3000, 10_000)])
+    with edgekit.load(sound_models / "window.tflite") as model:
+        assert [p.label for p in model.predict(sound, threshold=0.5)] == ["low"]
+
+
+def test_stream_predicts_once_it_is_warm_whatever_the_pieces(sound_models: Path) -> None:
+    with edgekit.load(sound_models / "stream.tflite") as model:
+        assert not model.warm and model.predict(tone(440, 6143)) == [] and not model.warm
+        last = model.predict(tone(440, 1))
+        assert model.warm and last[0].label == "low"
+        assert model.predict(tone(440, 100)) == last  # not a hop yet
+        assert model.predict(tone(3000, 12_288), top_k=1)[0].label == "high"
+
+
+def test_stream_remembers_until_it_is_reset(sound_models: Path) -> None:
+    hops = tone(440, 6144).reshape(2, 3072)
+    with edgekit.load(sound_models / "stream.tflite") as model:
+        first = [model.invoke(model.preprocess(hop)).tolist() for hop in hops]
+        again = [model.invoke(model.preprocess(hop)).tolist() for hop in hops]
+        assert first[0] != again[0] and model.warm
+        model.reset()
+        assert not model.warm
+        assert [model.invoke(model.preprocess(hop)).tolist() for hop in hops] == first
+        assert model.decode(model.invoke(model.preprocess(hops[0])), threshold={"high": 0.5, "*": 1}) == []
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_stream_begins_anew_after_samples_that_are_not_finite(sound_models: Path, bad: float) -> None:
+    with edgekit.load(sound_models / "stream.tflite") as model:
+        model.predict(tone(440))
+        with pytest.raises(EdgekitError, match="finite samples"):
+            model.predict(np.full(3072, bad, np.float32))
+        assert not model.warm and model.predict(tone(3000, 3072)) == []
+        assert model.predict(tone(3000, 3072), top_k=1)[0].label == "high"
+
+
+@pytest.mark.parametrize(
+    ("sound", "complaint"),
+    [
+        (np.zeros((10, 2), np.float32), "mono samples"),
+        (np.zeros(10, np.uint8), "float in -1..1 or int16"),
+        (np.full(10, np.nan), "finite samples"),
+        (np.zeros(0), "at least one sample"),
+    ],
+)
+def test_sound_that_does_not_fit_is_an_error(sound_models: Path, sound: np.ndarray, complaint: str) -> None:
+    with edgekit.load(sound_models / "window.tflite") as model, pytest.raises(EdgekitError, match=complaint):
+        model.predict(sound)
+    with edgekit.load(sound_models / "stream.tflite") as model:
+        if "at least one" not in complaint and "finite" not in complaint:
+            with pytest.raises(EdgekitError, match=complaint):
+                model.predict(sound)
+        with pytest.raises(EdgekitError, match="expected 3072 samples, a hop of the stream, got 10"):
+            model.preprocess(np.zeros(10, np.float32))
