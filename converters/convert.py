@@ -298,7 +298,7 @@ def _convert(job: Job, name: str, version: str, max_drop: float | None, progress
         dataset=Dataset(np.load(folder / "compared.npy", mmap_mode="r"), truth, ""),
         copies=result.copies,
         keras_outputs=np.load(folder / "keras.npy"),
-        features_sqnr_db=result.features_sqnr_db,
+        features=np.load(folder / "features.npy") if (folder / "features.npy").exists() else None,
         data=result.data,
         labels=labels,
     )

@@ -7,15 +7,12 @@ is judged by the signal to noise ratio before the gates, and by how many of many
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgekit.flatbuffer import Model
-from edgekit.quantization import dequantize, quantize
 
 # A score that differs by less is right.
 TOLERANCE = 0.03
@@ -59,43 +56,16 @@ def judge(scores: Scores, of_keras: Scores, clips: int) -> Fidelity:
     return Fidelity(within=float((first & near)[judged].mean()), first=float(first[:clips].mean()))
 
 
-def features_sqnr_db(content: bytes, pairs: Iterable[tuple[npt.NDArray[Any], npt.NDArray[Any]]]) -> float | None:
-    """Signal to noise ratio, dB, of what enters the gates of a flatbuffer's GRU; None where that is not to be found.
-
-    Args:
-        pairs: an input tensor (1, ...), and what the float model has in its place.
-    """
-    from ai_edge_litert.interpreter import Interpreter, OpResolverType
-
-    graph = Model(content)
-    index = _features(graph)
-    if index is None or len(graph.inputs) != 1:
-        return None
-    # XNNPACK keeps what lies inside its pieces to itself.
-    interpreter = Interpreter(
-        model_content=content,
-        experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
-        experimental_preserve_all_tensors=True,
-    )
-    interpreter.allocate_tensors()
-    given, made = graph.inputs[0], graph.tensors[index]
-    signal = noise = 0.0
-    for x, expected in pairs:
-        tensor = quantize(x, given.dtype, given.scale[0], given.zero_point[0]) if given.scale else x
-        interpreter.set_tensor(interpreter.get_input_details()[0]["index"], tensor)
-        interpreter.invoke()
-        found = interpreter.get_tensor(index)
-        if found.size != expected.size:
-            return None
-        real = dequantize(found, made.scale[0], made.zero_point[0]) if made.scale else found.astype(np.float32)
-        signal += float(np.square(expected, dtype=np.float64).sum())
-        noise += float(np.square(expected.ravel() - real.ravel(), dtype=np.float64).sum())
-    return 10 * math.log10(signal / noise) if signal and noise else None
-
-
-def _features(graph: Model) -> int | None:
-    """The tensor of that name, which converters drop where it is but another shape of what it is made of: or what
-    enters the first fully connected operator, the kernel of the first GRU."""
+def features(graph: Model) -> int | None:
+    """The tensor that enters the GRU of a flatbuffer: the one of that name, which converters drop where it is but
+    another shape of what it is made of, or what the first fully connected operator takes."""
     named = (number for number, tensor in enumerate(graph.tensors) if tensor.name == "features")
     entering = (operator.inputs[0] for operator in graph.operators if operator.name == "FULLY_CONNECTED")
     return next(named, next(entering, None))
+
+
+def sqnr_db(expected: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> float | None:
+    """Signal to noise ratio, dB; None where there is no signal, or no noise."""
+    signal = float(np.square(expected, dtype=np.float64).sum())
+    noise = float(np.square(expected - found, dtype=np.float64).sum())
+    return round(10 * math.log10(signal / noise), 2) if signal and noise else None

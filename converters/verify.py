@@ -23,6 +23,7 @@ from edgekit.decode import NotFiniteError, scores
 from edgekit.errors import ConversionError
 from edgekit.flatbuffer import Model
 from edgekit.manifest import Output, RuntimeCheck, Verification, VerifiedOn
+from edgekit.quantization import dequantize
 from edgekit.sandbox import Sandbox, SandboxError
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,9 @@ logger = logging.getLogger(__name__)
 MAX_RELATIVE_DIFFERENCE = 0.1
 # Below this the bundle is hardly the model that was converted.
 LOW_AGREEMENT = 0.95
+
+# The tensors that each runtime is given, in the folder of the model.
+INPUTS = "inputs.npy"
 
 Scores = npt.NDArray[np.float32]
 
@@ -48,7 +52,8 @@ class Compared:
         dataset: the items, with their classes where they are labelled.
         copies: so many of the last items are copies of the others, to judge by, with no part in the figures.
         keras_outputs: of the Keras model on the items, shape (n, classes).
-        features_sqnr_db: how well the part before the one that saturates holds against the Keras model's.
+        features: what the Keras model has before the part that saturates, for the first items, (m, values); None where
+            it has no such part.
         data: which data it is.
         labels: names of the classes.
     """
@@ -56,7 +61,7 @@ class Compared:
     dataset: Dataset
     copies: int
     keras_outputs: Scores
-    features_sqnr_db: float | None
+    features: npt.NDArray[np.float32] | None
     data: VerifiedOn
     labels: tuple[str, ...]
 
@@ -137,7 +142,7 @@ def verify(
         max_abs_difference=checks[preferred].max_abs_difference,
         copies=compared.copies,
         within_0_03=checks[preferred].within_0_03,
-        features_sqnr_db=None if compared.features_sqnr_db is None else round(compared.features_sqnr_db, 2),
+        features_sqnr_db=None if compared.features is None else _features_sqnr_db(model_path, compared.features),
         **_accuracy(of_bundle, ""),
         **_accuracy(of_keras, "_keras"),
     )
@@ -151,7 +156,7 @@ def _run(
     model = Model(model_path.read_bytes(), str(model_path))
     given, made = model.inputs[0], model.outputs[0]
     quantization = (given.scale[0], given.zero_point[0]) if given.scale else (0.0, 0)
-    inputs = model_path.parent / "inputs.npy"
+    inputs = model_path.parent / INPUTS
     waiting = kind.tensors(dataset.x, given.dtype, *quantization)
     first = next(waiting)
     tensors = allocate(inputs, given.dtype, (len(dataset.x), *first.shape[1:]))
@@ -180,6 +185,25 @@ def _run(
             failure = str(error)
         checks[name] = RuntimeCheck(status="failed", version=runtime.version, detail=failure)
     return found, checks
+
+
+def _features_sqnr_db(model_path: Path, of_keras: npt.NDArray[np.float32]) -> float | None:
+    """Signal to noise ratio of what enters the part that saturates, dB; None where it cannot be read."""
+    model = Model(model_path.read_bytes())
+    index = fidelity.features(model)
+    if index is None:
+        return None
+    runtime = next(iter(runtimes.find().values()))
+    outputs = model_path.parent / "features_found.npy"
+    try:
+        with Sandbox(runtime, model_path, "none") as sandbox:
+            sandbox.replay(model_path.parent / INPUTS, outputs, count=len(of_keras), tensor=index)
+    except SandboxError as error:
+        logger.debug("%s without delegate %s", runtime.name, error)
+        return None
+    found, tensor = np.load(outputs), model.tensors[index]
+    real = dequantize(found, tensor.scale[0], tensor.zero_point[0]) if tensor.scale else found
+    return fidelity.sqnr_db(of_keras, real) if real.shape == of_keras.shape else None
 
 
 def relative_difference(values: npt.NDArray[np.float32], reference: npt.NDArray[np.float32]) -> float:

@@ -63,12 +63,12 @@ class Job(msgspec.Struct, kw_only=True):
 
 class Result(msgspec.Struct, kw_only=True):
     """What was converted: ``model.tflite``, and for the comparison ``compared.npy`` (items), ``keras.npy`` (the Keras
-    model's outputs on them) and, where labelled, ``class_ids.npy``. For a report, ``float32.tflite`` and ``layers``.
+    model's outputs on them) and, where labelled, ``class_ids.npy``; of sound ``features.npy``, what the Keras model has
+    before its GRUs for the first items. For a report, ``float32.tflite`` and ``layers``.
 
     Attributes:
         labels: of the classes; empty where they have none.
         data: what the items are, but for the last of them, which are ``copies`` of the others.
-        features_sqnr_db: signal to noise in what comes before the part that saturates; None where there is none.
     """
 
     input: ImageInput | AudioInput
@@ -79,7 +79,6 @@ class Result(msgspec.Struct, kw_only=True):
     layers: tuple[Layer, ...]
     data: VerifiedOn
     copies: int
-    features_sqnr_db: float | None
     warnings: list[str]
 
 
@@ -182,10 +181,9 @@ def _convert(job: Job, tell: Any) -> Result:
     count = len(compared.x) + len(copies)
     items = data.save(folder / "compared.npy", itertools.chain(compared.x, copies), count)
     _keras_outputs(subject, items, folder, tell)
-    sqnr_db = None
     if subject.features and which != "noise":
         some = kind.inputs(compared.x[: fidelity.MAX_CLIPS])
-        sqnr_db = fidelity.features_sqnr_db(content, ((x, subject.features(x)) for x in some))
+        np.save(folder / "features.npy", [subject.features(x).reshape(-1) for x in some])
     if compared.class_ids is not None:
         np.save(folder / "class_ids.npy", compared.class_ids)
     used = calibration if job.quantize in subject.calibrated else None
@@ -205,7 +203,6 @@ def _convert(job: Job, tell: Any) -> Result:
         layers=of_layers,
         data=which,
         copies=len(copies),
-        features_sqnr_db=sqnr_db,
         warnings=warnings,
     )
 

@@ -41,7 +41,7 @@ class Sandbox:
     Args:
         runtime: the runtime, and the Python that has it.
         path: the ``.tflite``.
-        delegate: ``cpu``, ``gpu`` (LiteRT's GPU accelerator) or the path of a delegate library.
+        delegate: ``cpu`` (XNNPACK), ``none``, ``gpu`` (LiteRT's GPU accelerator) or the path of a delegate library.
         threads: threads of the CPU kernels.
 
     Attributes:
@@ -89,16 +89,27 @@ class Sandbox:
         self.peak_bytes = answer["peak_bytes"]
         return np.array(answer["ms"])
 
-    def replay(self, inputs: Path, outputs: Path, progress: Callable[[int], None] = lambda _: None) -> None:
-        """Runs the input tensors in ``inputs``, an ``.npy`` of shape (n, ...), and writes the results to ``outputs``.
+    def replay(
+        self,
+        inputs: Path,
+        outputs: Path,
+        progress: Callable[[int], None] = lambda _: None,
+        *,
+        count: int | None = None,
+        tensor: int | None = None,
+    ) -> None:
+        """Runs the input tensors in ``inputs``, an ``.npy`` of shape (n, ...), or for a model with states (n, steps,
+        ...), and writes what comes out, of the last step, to ``outputs``, (n, values).
 
         Args:
             progress: called with how many are done.
+            count: only so many.
+            tensor: write what this one holds, not the output; with the delegate ``none`` only.
 
         Raises:
             SandboxError: it failed.
         """
-        self._ask("replay", os.fspath(inputs), os.fspath(outputs))
+        self._ask("replay", os.fspath(inputs), os.fspath(outputs), count, *([] if tensor is None else [tensor]))
         while "written" not in (answer := self._answer()):
             progress(answer["done"])
 

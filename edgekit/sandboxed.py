@@ -39,13 +39,18 @@ def _memory(field: str) -> int:
 
 
 class _Interpreter:
-    """On the CPU (XNNPACK), or with the delegate in a shared library."""
+    """On the CPU (XNNPACK), with the delegate in a shared library, or with none, and every tensor there to be read."""
 
     def __init__(self, module: str, model: str, delegate: str, threads: int) -> None:
         runtime = importlib.import_module(module)
         self.baseline_bytes = _memory("VmRSS")
-        delegates = [] if delegate == "cpu" else [runtime.load_delegate(delegate)]
-        self._interpreter = runtime.Interpreter(model_path=model, num_threads=threads, experimental_delegates=delegates)
+        options: dict[str, Any] = {}
+        if delegate == "none":  # XNNPACK keeps what lies inside its pieces to itself
+            resolver = runtime.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+            options = {"experimental_op_resolver_type": resolver, "experimental_preserve_all_tensors": True}
+        elif delegate != "cpu":
+            options = {"experimental_delegates": [runtime.load_delegate(delegate)]}
+        self._interpreter = runtime.Interpreter(model_path=model, num_threads=threads, **options)
         self._interpreter.allocate_tensors()
         self._inputs = self._interpreter.get_input_details()
         self._outputs = self._interpreter.get_output_details()
@@ -81,8 +86,8 @@ class _Interpreter:
     def invoke(self) -> None:
         self._interpreter.invoke()
 
-    def get(self) -> Any:
-        return self._interpreter.get_tensor(self._outputs[0]["index"])
+    def get(self, tensor: int | None = None) -> Any:
+        return self._interpreter.get_tensor(self._outputs[0]["index"] if tensor is None else tensor)
 
     def get_states(self) -> list[Any]:
         return [self._interpreter.get_tensor(detail["index"]) for detail in self._outputs[1:]]
@@ -138,28 +143,27 @@ def _invoke(model: Any, count: int) -> None:
     _answer(ms=(1e3 * times).round(4).tolist(), peak_bytes=_memory("VmHWM") - model.baseline_bytes)
 
 
-def _replay(model: Any, inputs: str, outputs: str) -> None:
-    """Runs the tensors in the file ``inputs``, one after the other, and writes what comes out to ``outputs``.
+def _replay(model: Any, inputs: str, outputs: str, count: int | None, *tensor: int) -> None:
+    """Runs the tensors in the file ``inputs``, or so many of them, one after the other, and writes what comes out to
+    ``outputs``, (n, values): the model's output, or what it has in ``tensor``.
 
     A model with states is given each of them step by step, (steps, ...), beginning with states of zeros; what counts
     is what comes out of the last step.
     """
-    tensors = np.load(inputs, mmap_mode="r")
-    shape, dtype = model.output
-    results = np.empty((len(tensors), *shape[1:]), dtype)
-    for number, tensor in enumerate(tensors):
-        if tensor.ndim == len(model.inputs[0][0]):
+    results = []
+    for number, given in enumerate(np.load(inputs, mmap_mode="r")[:count]):
+        if given.ndim == len(model.inputs[0][0]):
             states = model.states
-            for step in tensor:
+            for step in given:
                 model.set([step[None], *states])
                 model.invoke()
                 states = model.get_states()
         else:
-            model.set([tensor[None]])
+            model.set([given[None]])
             model.invoke()
-        results[number] = model.get()[0]
+        results.append(model.get(*tensor).reshape(-1))
         _answer(done=number + 1)
-    np.save(outputs, results)
+    np.save(outputs, np.stack(results))
     _answer(written=True)
 
 
