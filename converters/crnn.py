@@ -47,10 +47,15 @@ WEIGHTS_URL = f"https://github.com/keunwoochoi/music-auto_tagging-keras/raw/mast
 WEIGHTS_SHA256 = "df63638de9f3113780768181670c554f122fbd1297c63c065836d70a251115a8"
 
 
-@keras.saving.register_keras_serializable("edgekit")
+HARD_SIGMOID_SLOPE = 0.2
+
+
 def hard_sigmoid(x: Any) -> Any:
     """``clip(0.2 x + 0.5, 0, 1)``, that of Keras 1 and 2. Keras 3's has a slope of 1/6."""
-    return keras.ops.clip(0.2 * x + 0.5, 0.0, 1.0)
+    return keras.ops.clip(HARD_SIGMOID_SLOPE * x + 0.5, 0.0, 1.0)
+
+
+keras.saving.register_keras_serializable("edgekit")(hard_sigmoid)
 
 
 def build(

@@ -53,6 +53,21 @@ def rewrite(content: bytes) -> bytes:
     return save(model) if sum([rewrite_pass(model) for rewrite_pass in PASSES]) else content
 
 
+def share_buffers(model: Any) -> None:
+    """Keeps equal constants once, and none that nothing refers to."""
+    tensors = [tensor for subgraph in model.subgraphs for tensor in subgraph.tensors]
+    kept = {int(entry.buffer) for entry in model.metadata or []}
+    first: dict[bytes, int] = {}
+    for tensor in tensors:
+        data = model.buffers[tensor.buffer].data
+        if data is not None:
+            tensor.buffer = first.setdefault(np.asarray(data, np.uint8).tobytes(), tensor.buffer)
+        kept.add(int(tensor.buffer))
+    for index, buffer in enumerate(model.buffers):
+        if index not in kept:
+            buffer.data = None
+
+
 def split_hard_swish(model: Any) -> int:
     """HARD_SWISH(x) -> MUL(x, ADD(x, 3) with RELU6), the factor 1/6 left to the weights that follow or, where its
     output reaches something else than weights, to one more MUL.
@@ -62,7 +77,7 @@ def split_hard_swish(model: Any) -> int:
     Returns:
         How many were rewritten.
     """
-    graph = _Graph(model)
+    graph = Graph(model)
     rewritten = 0
     for position, operator in reversed(list(graph.operators("HARD_SWISH"))):
         x, y = int(operator.inputs[0]), int(operator.outputs[0])
@@ -94,7 +109,7 @@ def fold_scalar_multiplication(model: Any) -> int:
     Returns:
         How many were folded.
     """
-    graph = _Graph(model)
+    graph = Graph(model)
     folded = 0
     for position, operator in reversed(list(graph.operators("MUL"))):
         a, middle = int(operator.inputs[0]), int(operator.outputs[0])
@@ -116,7 +131,7 @@ def fold_scalar_multiplication(model: Any) -> int:
 PASSES: tuple[Callable[[Any], int], ...] = (split_hard_swish, fold_scalar_multiplication)
 
 
-class _Graph:
+class Graph:
     """The first subgraph of a model, with what the passes do to it."""
 
     def __init__(self, model: Any) -> None:
@@ -213,13 +228,20 @@ class _Graph:
         return self._constants[value]
 
     def operator(
-        self, code: int, version: int, inputs: list[int], output: int, options: Callable[[], Any], activation: int
+        self,
+        code: int,
+        version: int,
+        inputs: list[int],
+        output: int,
+        options: Callable[[], Any],
+        activation: int | None = None,
     ) -> Any:
         operator = schema.OperatorT()
         operator.opcodeIndex = self._operator_code(code, version)
         operator.inputs, operator.outputs = np.array(inputs, np.int32), np.array([output], np.int32)
         operator.builtinOptions = options()
-        operator.builtinOptions.fusedActivationFunction = activation
+        if activation is not None:
+            operator.builtinOptions.fusedActivationFunction = activation
         operator.builtinOptionsType = getattr(schema.BuiltinOptions, options.__name__.removesuffix("T"))
         return operator
 
