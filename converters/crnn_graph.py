@@ -145,7 +145,7 @@ def stream(folded: Folded, *, exact: bool = False) -> Any:
     window ends.
 
     Raises:
-        ConversionError: the first batch normalization is over time.
+        ConversionError: the first batch normalization is over time, or the window is too short to be ``exact``.
     """
     if folded.axis != 1:
         raise ConversionError(
@@ -153,6 +153,12 @@ def stream(folded: Folded, *, exact: bool = False) -> Any:
             expected="--bn-axis frequency, and weights trained so",
             got="one over time, which is different for each position in the window",
             mend="train the model of edgekit.converters.crnn.build(bn_axis='frequency'), or leave out --streaming",
+        )
+    if exact and folded.columns <= LAST_POOL:
+        raise ConversionError(
+            f"--exact with a window of {folded.frames} frames",
+            expected=f"more than {LAST_POOL * STEP}",
+            mend="leave out --exact, or take a longer window",
         )
     plan = _Plan(folded)
     specs = {"log_mel": (1, folded.num_mel_bins, STEP, 1), **plan.states(exact)}
