@@ -101,14 +101,17 @@ def load(
         most = max(1, min(kind.max_of_file, limit // len(chosen)))
         for number, index in enumerate(chosen, 1):
             for item in _read(given[index], kind, most, where):
+                if item.dtype != np.uint8 and not np.isfinite(item).all():
+                    in_file = "" if isinstance(given[index], np.ndarray) else f": {given[index].name}"
+                    raise ConversionError(
+                        where + in_file, expected="finite numbers", got="NaN or infinity", mend="mend the data"
+                    )
                 digest.update(item.tobytes())
                 origins.append(index)
                 yield item
             progress(number, len(chosen))
 
     x = save(folder / f"{what}.npy", items(), limit)
-    if x.dtype != np.uint8 and not all(np.isfinite(item).all() for item in x):
-        raise ConversionError(where, expected="finite numbers", got="NaN or infinity", mend="mend the data")
     return Dataset(x, None if class_ids is None else class_ids[origins], digest.hexdigest())
 
 
@@ -119,7 +122,9 @@ def _read(given: Path | Array, kind: Kind, most: int, where: str) -> Iterable[Ar
     try:
         return list(kind.read(given, most))
     except EdgekitError as error:
-        raise ConversionError(f"{where}: {error.what}", mend=error.mend) from error
+        raise ConversionError(
+            f"{where}: {error.what}", expected=error.expected, got=error.got, mend=error.mend
+        ) from error
 
 
 def save(path: Path, items: Iterator[Array], most: int) -> Array:
