@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import wave
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,16 @@ def commands(page: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the pages speak of: digits.keras and its data."""
-    return shutil.copytree(digits, tmp_path_factory.mktemp("docs"), dirs_exist_ok=True)
+def folder(digits: Path, sound_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages speak of: digits.keras and its data; tagger.tflite and a recording."""
+    folder = shutil.copytree(digits, tmp_path_factory.mktemp("docs"), dirs_exist_ok=True)
+    shutil.copy(sound_models / "window.tflite", folder / "tagger.tflite")
+    with wave.open(str(folder / "recording.wav"), "wb") as recording:
+        recording.setnchannels(1)
+        recording.setsampwidth(2)
+        recording.setframerate(44_100)
+        recording.writeframes(bytes(4 * 44_100))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +87,8 @@ def test_commands_of_the_page_run(
     until_listening: Any,
 ) -> None:
     """A listener is started before the others, and must have heard something if the page runs a model."""
-    # the camera and the broker that the pages speak of are not here; a video and a broker are
-    here = {"camera:0": "held-out.avi", "mqtt://hub": broker.url}
+    # the camera, the microphone and the broker that the pages speak of are not here; files and a broker are
+    here = {"camera:0": "held-out.avi", "--source mic": "--source recording.wav", "mqtt://hub": broker.url}
     lines = commands(page)
     assert lines, page
     folder = checkout if page == "docs/install.md" else folder
