@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from edgekit import runtimes, sandbox
+from edgekit.flatbuffer import Model
 from edgekit.sandbox import Sandbox, SandboxError
 
 # Without it XNNPACK finds no processor, and nobody how much memory a process has.
@@ -107,3 +108,30 @@ def test_find_refuses_a_python_without_the_runtime(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv(runtimes.PYTHON_VARIABLE, str(tmp_path / "python"))
     with pytest.raises(runtimes.RuntimeMissingError, match="does not run"):
         runtimes.find()
+
+
+def test_replay_without_a_delegate_gives_what_lies_inside(runtime: Any, models: Path, tmp_path: Path) -> None:
+    tensors = np.random.default_rng(0).uniform(-1, 1, (5, 32, 32, 3)).astype(np.float32)
+    np.save(tmp_path / "in.npy", tensors)
+    graph = Model((models / "float32.tflite").read_bytes())
+    first = graph.operators[0].outputs[0]
+    with Sandbox(runtime, models / "float32.tflite", "none") as trial:
+        assert trial.pieces == []
+        trial.replay(tmp_path / "in.npy", tmp_path / "out.npy", count=2, tensor=first)
+    inside = np.load(tmp_path / "out.npy")
+    assert inside.shape == (2, np.prod(graph.tensors[first].shape)) and inside.any()
+
+
+def test_replay_of_a_stream_feeds_its_states_back(runtime: Any, sound_models: Path, tmp_path: Path) -> None:
+    """Two hops are what it remembers: those before the last two do not matter, and none is left from the row before."""
+    hops = np.random.default_rng(0).uniform(-60, 0, (2, 3, 16, 12, 1)).astype(np.float32)
+    hops[1, 1:] = hops[0, 1:]
+    np.save(tmp_path / "in.npy", np.concatenate([hops, hops[:1]]))
+    np.save(tmp_path / "one.npy", hops[:, 2:])
+    with Sandbox(runtime, sound_models / "stream.tflite") as trial:
+        trial.replay(tmp_path / "in.npy", tmp_path / "out.npy")
+        trial.replay(tmp_path / "one.npy", tmp_path / "first.npy")
+    out, first = np.load(tmp_path / "out.npy"), np.load(tmp_path / "first.npy")
+    np.testing.assert_array_equal(out[0], out[1])
+    np.testing.assert_array_equal(out[0], out[2])
+    assert not np.allclose(out[0], first[0])
