@@ -154,10 +154,10 @@ def stream(folded: Folded, *, exact: bool = False) -> Any:
             got="one over time, which is different for each position in the window",
             mend="train the model of edgekit.converters.crnn.build(bn_axis='frequency'), or leave out --streaming",
         )
-    if exact and folded.columns <= LAST_POOL:
+    if exact and folded.columns <= 2 * LAST_POOL:
         raise ConversionError(
             f"--exact with a window of {folded.frames} frames",
-            expected=f"more than {LAST_POOL * STEP}",
+            expected=f"more than {2 * LAST_POOL * STEP}",
             mend="leave out --exact, or take a longer window",
         )
     plan = _Plan(folded)

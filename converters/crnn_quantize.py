@@ -69,13 +69,17 @@ def convert(
 
 
 def _clips(folded: Folded, calibration: Array | None) -> Array:
-    """A few of ``calibration``, or for want of it made ones that resemble music: the loud and the quiet come in patches
-    of all sizes, and the bass is louder than the treble. They do nearly as well."""
-    if calibration is not None:
-        chosen = np.linspace(0, len(calibration) - 1, min(MAX_CLIPS, len(calibration))).round().astype(int)
-        return np.asarray(calibration[chosen], np.float32)
+    """What to round the weights by: a few of ``calibration``, or for want of it made ones, which do nearly as well."""
+    if calibration is None:
+        return made_clips(folded.num_mel_bins, folded.frames)
+    chosen = np.linspace(0, len(calibration) - 1, min(MAX_CLIPS, len(calibration))).round().astype(int)
+    return np.asarray(calibration[chosen], np.float32)
+
+
+def made_clips(bands: int, frames: int) -> Array:
+    """Log-mel levels (8, bands, frames, 1) that resemble music: the loud and the quiet come in patches of all sizes,
+    the bass is louder than the treble, and nothing is more than 80 dB below the loudest."""
     random = np.random.default_rng(0)
-    bands, frames = folded.num_mel_bins, folded.frames
     clips = np.zeros((8, bands, frames, 1), np.float32)
     for bands_wide, frames_long in ((1, 1), (2, 4), (4, 16), (12, 68), (32, 273)):
         coarse = random.normal(size=(len(clips), -(-bands // bands_wide), -(-frames // frames_long), 1))
