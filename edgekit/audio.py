@@ -24,9 +24,9 @@ AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".oga", ".aiff", ".aif", ".au
 
 # So many frames at most are worked out at once: their spectra stay in the processor's cache.
 _BLOCK_FRAMES = 64
-# The filters are multiplied in groups of so many, each with the part of the spectrum that they cover: most of the others
-# are zeros. And a product of no more than so many multiplications OpenBLAS does on the thread that asks for it; those of
-# its own that it wakes for a larger one spin afterwards, at a fifth of a core for a stream of two hops a second.
+# The filters are multiplied in groups of so many, each with the part of the spectrum that they cover: most of the rest
+# are zeros. And a product of so many multiplications at most OpenBLAS does on the thread that asks for it; those of its
+# own that it wakes for a larger one spin afterwards, at a fifth of a core for a stream of two hops a second.
 _GROUP_FILTERS, _MAX_PRODUCT = 16, 200_000
 # A file is decoded in pieces of so many samples, all channels together.
 _READ_SAMPLES = 1 << 17
@@ -77,8 +77,8 @@ class LogMelFrontEnd:
             self._groups.append((group, bins, np.ascontiguousarray(filters[bins, group])))
         widest = max(matrix.size for _, _, matrix in self._groups)
         self._block_frames = min(max(_MAX_PRODUCT // widest, 8), _BLOCK_FRAMES)
-        # Of a stream: the samples that are still needed, whether the mirrored beginning is among them, and where in them
-        # the next frame begins, which is past their end where frames lie further apart than they are long.
+        # Of a stream: the samples that are still needed, whether its beginning has been mirrored, and where in the
+        # samples the next frame begins, which is past their end where frames lie further apart than they are long.
         self._held: Samples = np.empty(0, np.float32)
         self._begun, self._skip = False, 0
 
