@@ -34,6 +34,7 @@ def covariance(inputs: Iterable[Array], others: Iterable[Array] | None = None, s
     """
     products: Any = 0.0
     totals: list[Any] = [0.0, 0.0]
+    origins: list[Any] = []
     count = 0
     for number, pair in enumerate(zip(inputs, inputs if others is None else others, strict=True)):
         patches = []
@@ -42,6 +43,9 @@ def covariance(inputs: Iterable[Array], others: Iterable[Array] | None = None, s
             of_x = tf.reshape(of_x, (-1, of_x.shape[-1]))
             step = -(-of_x.shape[0] // MAX_PATCHES)
             patches.append(of_x[number % step :: step])
+        # Counted from a patch of the middle: the squares of what all have in common would drown the rest in float32.
+        origins = origins or [tf.reduce_mean(p, 0) for p in patches]
+        patches = [p - origin for p, origin in zip(patches, origins, strict=True)]
         products = products + tf.cast(tf.matmul(patches[0], patches[-1], transpose_a=True), tf.float64)
         totals = [
             total + tf.reduce_sum(tf.cast(p, tf.float64), 0)
@@ -49,7 +53,7 @@ def covariance(inputs: Iterable[Array], others: Iterable[Array] | None = None, s
         ]
         count += int(patches[0].shape[0])
     mean, of_others = (np.asarray(total) / count for total in totals)
-    return np.asarray(products) / count - np.outer(mean, of_others), mean
+    return np.asarray(products) / count - np.outer(mean, of_others), mean + np.asarray(origins[0], np.float64)
 
 
 def scales(kernel: Array) -> Array:
@@ -66,7 +70,8 @@ def quantize(kernel: Array, of_inputs: Array) -> Array:
     """
     scale = scales(kernel).astype(np.float64)
     weights = kernel.reshape(-1, kernel.shape[3]) / scale
-    damped = of_inputs + DAMPING * np.diag(of_inputs).mean() * np.eye(len(of_inputs))
+    # Of inputs that do not vary at all, as silence, there is nothing to make up for.
+    damped = of_inputs + (DAMPING * np.diag(of_inputs).mean() or 1.0) * np.eye(len(of_inputs))
     # Those that vary most first: their errors are the costliest, and there is most left to make up for them.
     order = np.argsort(-np.diag(damped), kind="stable")
     weights, damped = weights[order], damped[np.ix_(order, order)]
