@@ -175,7 +175,7 @@ class MicrophoneSource(Source):
         sound = self._resampler(block.samples.astype(np.float32) / np.float32(32_768))
         for stretch in self._cutter.push(sound):
             if not self._deliver(_frame(stretch, wall_time_s(self._clock.time_s(0.0)), self._input, None)):
-                self._tell_gap(MAX_BACKLOG_S, ": the model is too slow for its stream")
+                self._tell_gap(MAX_BACKLOG_S, ": it comes faster than it is dealt with")
                 self._restart()
                 return
 

@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import struct
 import threading
 import time
@@ -91,7 +92,9 @@ def main(name: str) -> None:
     # What drivers print on standard output belongs with the other messages.
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
-    # Ends with the one who reads: its end of standard input closes, however it ends.
+    # It ends with the one who reads, however that one ends, and not before: its end of standard input closes.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     blocks: queue.SimpleQueue[tuple[bytes, float, bool]] = queue.SimpleQueue()
     lost = False
@@ -123,6 +126,10 @@ def main(name: str) -> None:
     except Exception as error:
         found = {"error": f"the sound system does not answer ({error})", "mend": "check the sound server"}
     out.write(json.dumps(found).encode() + b"\n")
+    # What drivers print from now on, maybe for months, is kept by no one.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
     while "error" not in found:
         try:
             samples, arrived_s, gap = blocks.get(timeout=0.5)
