@@ -26,7 +26,7 @@ class Clips:
     :class:`edgekit.converters.kinds.Kind`."""
 
     thing, sources = "clip", "audio files or .npy log-mels"
-    max_calibration, max_validation, max_of_file, noise_count = 200, 500, 8, 4
+    enough, max_calibration, max_validation, max_of_file, noise_count = 12, 200, 500, 8, 4
     saturates = True
 
     def __init__(self, input: AudioInput) -> None:
@@ -90,7 +90,7 @@ class Clips:
         return padded[:, -self.shape[1] :].astype(np.float32)
 
     def suspicion(self, x: Array) -> str:
-        mend = "int8 ranges made from them fit no sound; give 100 or more typical clips"
+        mend = f"int8 ranges made from them fit no sound; give {self.enough} or more typical clips"
         if len(x) > 1 and all((item == x[0]).all() for item in x):
             return f"all calibration clips are the same: {mend}"
         if constant := sum(bool((item == item[:, :1]).all()) for item in x):

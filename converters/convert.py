@@ -254,7 +254,8 @@ def _check(output: Path, quantize: str, calibrated: bool, target: str | None, th
         )
     if quantize in targets.CALIBRATED and not calibrated:
         raise ConversionError(
-            f"{quantize} needs calibration data", mend=f"give --calibration a folder of 100 or more typical {things}"
+            f"{quantize} needs calibration data",
+            mend=f"give --calibration a folder of typical {things}, a hundred rather than ten",
         )
     if target and quantize == "auto":
         targets.find(target)

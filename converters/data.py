@@ -19,9 +19,6 @@ import numpy.typing as npt
 from edgekit.converters.kinds import Array, Kind
 from edgekit.errors import ConversionError, EdgekitError
 
-# Fewer leave int8 ranges to chance.
-FEW = 32
-
 
 @dataclass(frozen=True)
 class Dataset:
@@ -82,7 +79,7 @@ def load(
             got="neither" if source.exists() else "nothing there",
         )
     if not len(given):
-        raise ConversionError(where, expected=f"at least one {kind.thing}", got="none", mend="give 100 or more")
+        raise ConversionError(where, expected=f"at least one {kind.thing}", got="none", mend="give more")
     if class_ids is not None and classes is not None:
         highest = 1 if class_ids.ndim == 2 else classes - 1
         if not 0 <= class_ids.min() <= class_ids.max() <= highest:

@@ -23,7 +23,7 @@ class Images:
     are ready for the model, each (height, width, channels). See :class:`edgekit.converters.kinds.Kind`."""
 
     thing, sources = "image", "images"
-    max_calibration, max_validation, max_of_file, noise_count = 500, 5000, 1, 16
+    enough, max_calibration, max_validation, max_of_file, noise_count = 32, 500, 5000, 1, 16
     saturates = False
 
     def __init__(self, input: ImageInput) -> None:

@@ -19,6 +19,7 @@ class Kind(Protocol):
 
     Attributes:
         thing, sources: what an item, and what the files are called.
+        enough: with fewer, quantization ranges are left to chance.
         max_calibration, max_validation: more make no better ranges, and no truer figure.
         max_of_file: how many items a file may give.
         noise_count: how many items of noise stand in for data.
@@ -29,6 +30,7 @@ class Kind(Protocol):
 
     thing: str
     sources: str
+    enough: int
     max_calibration: int
     max_validation: int
     max_of_file: int

@@ -92,6 +92,11 @@ def open_model(
         raise ConversionError(given[0], expected=f"{' or '.join(MOBILENETS)} to {purpose}", got=f"model {name}")
     else:
         model = _load(name)
+        if any(layer.name == "bn_0_freq" for layer in getattr(model, "layers", [])):
+            raise ConversionError(
+                f"model {name} is a CRNN, which hears sound",
+                mend=f"convert it as 'crnn --weights {name}', with the --frames and --bn-axis that it was trained with",
+            )
     shape = _check(model, name, classes, input_size)
     # A plain function of one tensor, in place of a Sequential, or of a model that takes and gives a dict.
     model = keras.Model(model.inputs[0], model.outputs[0])

@@ -33,7 +33,6 @@ class Subject:
         predict: items' float tensors, as many as ``batch`` at most -> scores (n, classes), of the model itself.
         convert: recipe, calibration items where there are some, progress -> a flatbuffer.
         calibrated: the recipes that look at them.
-        few: so many calibration items are enough not to be warned about.
         features: items' float tensors -> what comes before the part that saturates; None where there is none.
         layered: whether each layer of the flatbuffer can be held against that of a float one.
     """
@@ -43,7 +42,6 @@ class Subject:
     labels: tuple[str, ...]
     multi_label: bool
     batch: int
-    few: int
     predict: Callable[[Array], Array]
     convert: Callable[[str, Array | None, Progress], bytes]
     calibrated: tuple[str, ...] = targets.CALIBRATED
@@ -102,7 +100,6 @@ def open_images(job: Job) -> Subject:
         labels=job.labels,
         multi_label=_multi_label(classifier, kind),
         batch=32 if dynamic else 1,
-        few=32,
         predict=_function(classifier.model if dynamic else classifier.static),
         convert=convert,
         warnings=warnings,
@@ -152,7 +149,6 @@ def open_sound(job: Job) -> Subject:
         labels=labels,
         multi_label=True,
         batch=4,
-        few=12,
         predict=predict,
         convert=convert,
         calibrated=(*targets.CALIBRATED, "int8-weights"),

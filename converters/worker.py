@@ -160,9 +160,9 @@ def _convert(job: Job, tell: Any) -> Result:
     # All data is read and checked before the long part.
     calibration = load("calibration", job.calibration, kind.max_calibration, None) if job.calibration else None
     validation = load("validation", job.validation, kind.max_validation, subject.classes) if job.validation else None
-    if calibration and len(calibration.x) < subject.few:
-        few = f"{len(calibration.x)} calibration {kind.thing}s are few"
-        warnings.append(f"{few}: {subject.few} or more give steadier int8 ranges")
+    if calibration and (count := len(calibration.x)) < kind.enough:
+        few = f"{count} calibration {kind.thing}{'s are' if count > 1 else ' is'} few"
+        warnings.append(f"{few}: {kind.enough} or more give steadier int8 ranges")
     if calibration and (doubt := kind.suspicion(calibration.x)):
         warnings.append(doubt)
 

@@ -164,6 +164,17 @@ def test_load_of_arrays_that_do_not_fit_is_refused(tmp_path: Path, x: np.ndarray
         load(tmp_path / "x.npy", tmp_path / "job")
 
 
+def test_load_of_arrays_with_several_tags_each(tmp_path: Path) -> None:
+    x, y = np.stack([LOG_MEL, LOG_MEL + 1, LOG_MEL + 2]), np.array([[1, 0], [1, 1], [0, 0]])
+    np.savez(tmp_path / "x.npz", x=x, y=y)
+    dataset = load(tmp_path / "x.npz", tmp_path / "job", classes=2, multi_label=True, limit=2)
+    np.testing.assert_array_equal(dataset.class_ids, y[[0, 2]])
+    np.testing.assert_allclose(dataset.x[1, ..., 0], LOG_MEL + 2, rtol=1e-6)
+    np.savez(tmp_path / "x.npz", x=x, y=y[:, :1])
+    with pytest.raises(ConversionError, match=r"0 or 1 for each class of each clip, shape \(3, 2\), got int64"):
+        load(tmp_path / "x.npz", tmp_path / "job", classes=2, multi_label=True)
+
+
 def test_load_of_arrays_for_a_stream_repeats_what_is_too_short(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", LOG_MEL[:, :10])
     (item,) = load(tmp_path / "x.npy", tmp_path / "job", STREAM).x[..., 0]

@@ -269,9 +269,17 @@ def test_bad_data_is_one_line(edgekit_fails: Any, tmp_path: Path, case: str) -> 
     assert re.search(complaint, line) and not (tmp_path / "out.tflite").exists()
 
 
+def test_whole_crnn_is_told_how_to_convert_it(tmp_path: Path) -> None:
+    from edgekit.converters import crnn
+
+    crnn.build(frames=96, tags=3).save(tmp_path / "tagger.keras")
+    with pytest.raises(ConversionError, match=r"tagger\.keras is a CRNN, .*; convert it as 'crnn --weights "):
+        edgekit.convert(tmp_path / "tagger.keras", tmp_path / "out.tflite")
+
+
 def test_silence_is_warned_about(convert: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     soundfile.write(tmp_path / "a.wav", np.zeros(RATE_HZ), RATE_HZ)
-    convert(tmp_path / "out.tflite", quantize="float32", calibration=tmp_path, validation=None)
+    convert(tmp_path / "out.tflite", calibration=tmp_path, validation=None)
     assert "all calibration clips are silence, or do not change" in caplog.text
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import pytest
 
 pytestmark = pytest.mark.host
@@ -33,7 +34,7 @@ def commands(page: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(digits: Path, sound_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the pages speak of: digits.keras and its data; tagger.tflite and a recording."""
+    """What the pages speak of: digits.keras and its data; tagger.tflite and a recording; clips of two tags."""
     folder = shutil.copytree(digits, tmp_path_factory.mktemp("docs"), dirs_exist_ok=True)
     shutil.copy(sound_models / "window.tflite", folder / "tagger.tflite")
     with wave.open(str(folder / "recording.wav"), "wb") as recording:
@@ -41,6 +42,17 @@ def folder(digits: Path, sound_models: Path, tmp_path_factory: pytest.TempPathFa
         recording.setsampwidth(2)
         recording.setframerate(44_100)
         recording.writeframes(bytes(4 * 44_100))
+    (folder / "tags.txt").write_text("low\nhigh\n")
+    for tag, hertz in (("low", 300), ("high", 3000)):
+        (folder / "clips" / tag).mkdir(parents=True)
+        for number in range(3):
+            t = np.arange((number + 1) * 12_000) / 12_000
+            wave_of_tag = np.sin(2 * np.pi * hertz * t) * (8000 + 4000 * np.sin(2 * np.pi * (number + 1) * t))
+            with wave.open(str(folder / "clips" / tag / f"{number}.wav"), "wb") as clip:
+                clip.setnchannels(1)
+                clip.setsampwidth(2)
+                clip.setframerate(12_000)
+                clip.writeframes(wave_of_tag.astype("<i2").tobytes())
     return folder
 
 
