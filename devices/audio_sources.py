@@ -15,7 +15,7 @@ from edgekit.audio import Resampler, read_audio
 from edgekit.devices.frames import Frame, Source, public_name
 from edgekit.devices.microphone import Block, Microphone
 from edgekit.devices.windows import Cutter, SampleClock, Stretch, wall_time_s
-from edgekit.errors import EdgekitError, SourceError
+from edgekit.errors import SourceError
 from edgekit.manifest import AudioInput
 from edgekit.messages import FileInput, printable
 
@@ -102,7 +102,7 @@ class MicrophoneSource(Source):
         self._microphone = Microphone(name)
         try:
             self._open()
-        except EdgekitError:
+        except BaseException:
             self._microphone.close()
             raise
         self._thread = threading.Thread(target=self._listen, name=f"source {self.name}", daemon=True)

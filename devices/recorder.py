@@ -34,16 +34,24 @@ BLOCKS_PER_S = 10
 MAX_BLOCKS = 100
 
 
+class UnavailableError(Exception):
+    """``error``: what is wrong; ``mend``: what to do about it."""
+
+    def __init__(self, error: str, mend: str) -> None:
+        super().__init__(error)
+        self.answer = {"error": error, "mend": mend}
+
+
 def find(audio: Any, name: str) -> dict[str, Any]:
     """The device whose name is or holds ``name``, or the default one.
 
     Raises:
-        LookupError: its text says what is wrong, and how to mend it.
+        UnavailableError: there is none.
     """
     devices = [audio.get_device_info_by_index(index) for index in range(audio.get_device_count())]
     inputs = [device for device in devices if device["maxInputChannels"] > 0]
     if not inputs:
-        raise LookupError("there is no microphone", "plug one in; `arecord -l` lists those the system knows")
+        raise UnavailableError("there is no microphone", "plug one in; `arecord -l` lists those the system knows")
     if not name:
         try:
             return dict(audio.get_default_input_device_info())
@@ -53,7 +61,7 @@ def find(audio: Any, name: str) -> dict[str, Any]:
     matches += [device for device in inputs if name.lower() in device["name"].lower()]
     if not matches:
         known = ", ".join(dict.fromkeys(device["name"] for device in inputs))
-        raise LookupError(f"there is no microphone {name!r}", f"give one of: {known}")
+        raise UnavailableError(f"there is no microphone {name!r}", f"give one of: {known}")
     return dict(matches[0])
 
 
@@ -61,6 +69,9 @@ def open_stream(pyaudio: Any, audio: Any, device: dict[str, Any], callback: Any)
     """A stream, running, at the device's own rate, and its channels.
 
     One that can have many, as a sound server's, is asked for two; a card may have no other number than its own.
+
+    Raises:
+        UnavailableError: it cannot be opened.
     """
     rate_hz, most = int(device["defaultSampleRate"]), int(device["maxInputChannels"])
     problem: Exception | None = None
@@ -78,7 +89,7 @@ def open_stream(pyaudio: Any, audio: Any, device: dict[str, Any], callback: Any)
             return stream, channels
         except (OSError, ValueError) as error:
             problem = problem or error
-    raise LookupError(
+    raise UnavailableError(
         f"the microphone {device['name']!r} cannot be opened ({problem})", "check that no other program holds it"
     )
 
@@ -113,7 +124,7 @@ def main(name: str) -> None:
         try:
             import pyaudio
         except ImportError as error:
-            raise LookupError(
+            raise UnavailableError(
                 f"a microphone needs PyAudio ({error})",
                 "apt-get install portaudio19-dev gcc python3-dev, then pip install 'edgekit[mic]'",
             ) from error
@@ -121,8 +132,8 @@ def main(name: str) -> None:
         device = find(audio, name)
         stream, channels = open_stream(pyaudio, audio, device, callback)
         found = {"name": device["name"], "sample_rate_hz": int(device["defaultSampleRate"]), "channels": channels}
-    except LookupError as error:
-        found = dict(zip(("error", "mend"), error.args, strict=True))
+    except UnavailableError as error:
+        found = error.answer
     except Exception as error:
         found = {"error": f"the sound system does not answer ({error})", "mend": "check the sound server"}
     out.write(json.dumps(found).encode() + b"\n")
