@@ -16,6 +16,7 @@ import numpy.typing as npt
 from edgekit.errors import EdgekitError, SourceError
 from edgekit.manifest import LogMel
 from edgekit.mel import mel_filters
+from edgekit.messages import printable
 
 logger = logging.getLogger(__name__)
 
@@ -202,20 +203,15 @@ class Resampler:
     """
 
     def __init__(self, from_hz: int, sample_rate_hz: int) -> None:
-        self._rates = from_hz, sample_rate_hz
-        self.reset()
+        self._stream = None
+        if from_hz != sample_rate_hz:
+            self._stream = _import("soxr").ResampleStream(from_hz, sample_rate_hz, 1, dtype="float32")
 
     def __call__(self, sound: Samples, last: bool = False) -> Samples:
         """``sound`` (n, channels), float -> (m,). Some of it is held back until ``last``."""
         mono = sound[:, 0] if sound.shape[1] == 1 else sound.mean(1)
         mono = np.ascontiguousarray(mono, np.float32)
         return mono if self._stream is None else np.asarray(self._stream.resample_chunk(mono, last))
-
-    def reset(self) -> None:
-        """Forgets what it holds back: the next piece begins another sound."""
-        self._stream = None
-        if self._rates[0] != self._rates[1]:
-            self._stream = _import("soxr").ResampleStream(*self._rates, 1, dtype="float32")
 
 
 def read_audio(path: str | os.PathLike[str], sample_rate_hz: int) -> Generator[Samples, None, None]:
@@ -228,7 +224,7 @@ def read_audio(path: str | os.PathLike[str], sample_rate_hz: int) -> Generator[S
         SourceError: the file cannot be read, is no sound, or holds none.
         EdgekitError: soundfile or soxr is not installed.
     """
-    soundfile, name = _import("soundfile"), Path(path).name
+    soundfile, name = _import("soundfile"), printable(Path(path).name)
     try:
         with Path(path).open("rb") as opened:
             empty = not opened.read(1)
@@ -237,7 +233,7 @@ def read_audio(path: str | os.PathLike[str], sample_rate_hz: int) -> Generator[S
         file = soundfile.SoundFile(os.fspath(path))
     except OSError as error:
         raise SourceError(f"{name}: {error.strerror}", mend="check the path") from error
-    except soundfile.LibsndfileError as error:
+    except (soundfile.LibsndfileError, TypeError) as error:  # the latter for raw samples, of no known rate
         raise SourceError(f"{name} is not a sound file", mend="give a wav, flac, mp3 or ogg that is whole") from error
     with file:
         resample, damage = Resampler(file.samplerate, sample_rate_hz), ""
@@ -257,12 +253,11 @@ def read_audio(path: str | os.PathLike[str], sample_rate_hz: int) -> Generator[S
         if not given:
             raise SourceError(f"{name} holds no sound", mend="give a wav, flac, mp3 or ogg that is whole")
         seconds, announced = read / file.samplerate, file.frames / file.samplerate
-        if re.search(r"bitrate mode *: constant", file.extra_info):
-            announced = (
-                0.0  # such an mp3 announces no length: libsndfile guesses it from that of the file, tags and all
-            )
-        # A length that the file does not hold libsndfile corrects, and tells of it in its log alone.
-        if damage or seconds < announced - 0.1 or re.search("should be|lacks an end", file.extra_info):
+        # Of an mp3 of constant bitrate libsndfile guesses the length, from that of the file, tags and all. Of others it
+        # corrects a length that the file does not hold, and tells so in its log alone.
+        guessed = re.search(r"bitrate mode *: constant", file.extra_info)
+        corrected = re.search("should be|lacks an end", file.extra_info)
+        if damage or corrected or (seconds < announced - 0.1 and not guessed):
             logger.warning("%s ended after %.1f s: it may be cut short", name, seconds)
 
 

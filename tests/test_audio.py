@@ -160,6 +160,7 @@ def test_file_cut_short_gives_what_is_there_and_a_warning(tmp_path: Path, suffix
     [
         ("text.mp3", b"this is no sound\n" * 100, "text.mp3 is not a sound file"),
         ("text.wav", b"this is no sound\n" * 100, "text.wav is not a sound file"),
+        ("samples.raw", bytes(1000), "samples.raw is not a sound file"),
         ("empty.wav", b"", "empty.wav is empty"),
         ("missing.wav", None, "No such file"),
     ],
