@@ -230,7 +230,7 @@ def read_audio(path: str | os.PathLike[str], sample_rate_hz: int) -> Generator[S
             empty = not opened.read(1)
         if empty:
             raise SourceError(f"{name} is empty", mend="give another file")
-        file = soundfile.SoundFile(os.fspath(path))
+        file = soundfile.SoundFile(os.fsencode(path))
     except OSError as error:
         raise SourceError(f"{name}: {error.strerror}", mend="check the path") from error
     except (soundfile.LibsndfileError, TypeError) as error:  # the latter for raw samples, of no known rate

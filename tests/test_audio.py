@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -170,6 +171,13 @@ def test_file_that_is_no_sound_is_an_error(tmp_path: Path, name: str, content: A
         (tmp_path / name).write_bytes(content)
     with pytest.raises(SourceError, match=complaint):
         list(read_audio(tmp_path / name, RATE_HZ))
+
+
+def test_file_whose_name_is_not_utf8_is_read(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros(100), RATE_HZ)
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.wav"))
+    (tmp_path / "a.wav").rename(path)
+    assert [len(piece) for piece in read_audio(path, RATE_HZ)] == [100]
 
 
 def test_file_without_samples_is_an_error(tmp_path: Path) -> None:
