@@ -117,20 +117,41 @@ def fold(model: Any) -> Folded:
 
 
 def window(folded: Folded) -> Any:
-    """The graph of a whole window: (1, bands, frames, 1) -> (1, tags)."""
+    """The graph of a whole window: log-mel levels (1, bands, frames, 1) -> scores (1, tags)."""
 
-    @tf.function(
-        input_signature=[tf.TensorSpec((1, folded.num_mel_bins, folded.frames, 1), tf.float32, name="log_mel")],
-        autograph=False,
-    )
+    @tf.function(input_signature=[_window_spec(folded)], autograph=False)
     def graph(log_mel: Any) -> dict[str, Any]:
-        x = folded.window(log_mel)
-        for number in range(len(crnn.POOLS)):
-            x = tf.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]]) if number == 0 else x
-            x = block(folded, number, x, "VALID" if number == 0 else "SAME")
-        return {"scores": scores(folded, sequence(x))}
+        return {"scores": scores(folded, _features(folded, log_mel))}
 
     return graph
+
+
+def halves(folded: Folded) -> tuple[Any, Any]:
+    """The same graph in two: log-mel levels -> features (steps, features), and these -> scores."""
+
+    @tf.function(input_signature=[_window_spec(folded)], autograph=False)
+    def convolutions(log_mel: Any) -> dict[str, Any]:
+        features = _features(folded, log_mel)
+        return {FEATURES: tf.reshape(features, features.shape[1:])}
+
+    shape = convolutions.get_concrete_function().structured_outputs[FEATURES].shape
+
+    @tf.function(input_signature=[tf.TensorSpec(shape, tf.float32, name=FEATURES)], autograph=False)
+    def grus(features: Any) -> dict[str, Any]:
+        return {"scores": scores(folded, features[None])}
+
+    return convolutions, grus
+
+
+def _window_spec(folded: Folded) -> Any:
+    return tf.TensorSpec((1, folded.num_mel_bins, folded.frames, 1), tf.float32, name="log_mel")
+
+
+def _features(folded: Folded, log_mel: Any) -> Any:
+    x = tf.pad(folded.window(log_mel), [[0, 0], [1, 1], [1, 1], [0, 0]])
+    for number in range(len(crnn.POOLS)):
+        x = block(folded, number, x, "SAME" if number else "VALID")
+    return sequence(x)
 
 
 def stream(folded: Folded, *, exact: bool = False) -> Any:

@@ -52,20 +52,33 @@ def convert(
     if recipe == "int8":
         assert calibration is not None
         return _named(crnn_int8.convert(folded, calibration))
+    if recipe == "int16x8":
+        assert calibration is not None
+        return _named(_int16x8(folded, calibration))
     stored: dict[bytes, tuple[Array, Array]] = {}
     if recipe == "int8-weights":
         folded, stored = _round(folded, _clips(folded, calibration))
     graph = crnn_graph.stream(folded, exact=exact) if streaming else crnn_graph.window(folded)
+    content = recipes.RECIPES["float32" if stored else recipe](_converter(graph), None)
+    return _named(_store_8_bit(content, stored) if stored else content)
+
+
+def _converter(graph: Any) -> Any:
     holder = tf.Module()  # keeps the constants alive
     holder.graph = graph
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([graph.get_concrete_function()], holder)
+    return tf.lite.TFLiteConverter.from_concrete_functions([graph.get_concrete_function()], holder)
+
+
+def _int16x8(folded: Folded, calibration: Array) -> bytes:
+    """The convolutions by that recipe, and float GRUs: those in 16 bits change every tag, and the runtimes abort on
+    their SUB."""
+    folded, _ = _round(folded, _clips(folded, calibration))
+    convolutions, grus = map(_converter, crnn_graph.halves(folded))
 
     def tensors() -> Iterator[Array]:
-        assert calibration is not None
         yield from (clip[None] for clip in calibration)
 
-    content = recipes.RECIPES["float32" if stored else recipe](converter, tensors)
-    return _named(_store_8_bit(content, stored) if stored else content)
+    return rewrite.join(recipes.int16x8(convolutions, tensors, tf.float32), recipes.RECIPES["float32"](grus, None))
 
 
 def _clips(folded: Folded, calibration: Array | None) -> Array:

@@ -47,17 +47,22 @@ def _dynamic(converter: Any, _: Any) -> bytes:
 
 
 def _int8(converter: Any, calibration: Callable[[], Tensors]) -> bytes:
-    return _calibrated(converter, calibration, tf.lite.OpsSet.TFLITE_BUILTINS_INT8, tf.int8)
+    return _calibrated(converter, calibration, tf.lite.OpsSet.TFLITE_BUILTINS_INT8, tf.int8, tf.int8)
 
 
 def _int16x8(converter: Any, calibration: Callable[[], Tensors]) -> bytes:
+    return int16x8(converter, calibration, tf.int16)
+
+
+def int16x8(converter: Any, calibration: Callable[[], Tensors], output: Any) -> bytes:
+    """The recipe, with an output tensor of the TensorFlow type ``output``."""
     operators = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
     # There is no 16-bit HARD_SWISH: what has no 16-bit form stays in float.
-    return _calibrated(converter, calibration, operators, tf.int16, tf.lite.OpsSet.TFLITE_BUILTINS)
+    return _calibrated(converter, calibration, operators, tf.int16, output, tf.lite.OpsSet.TFLITE_BUILTINS)
 
 
 def _calibrated(
-    converter: Any, calibration: Callable[[], Tensors], operators: Any, activations: Any, *fallback: Any
+    converter: Any, calibration: Callable[[], Tensors], operators: Any, activations: Any, output: Any, *fallback: Any
 ) -> bytes:
     def representative_dataset() -> Iterator[list[npt.NDArray[np.float32]]]:
         for tensor in calibration():
@@ -66,7 +71,7 @@ def _calibrated(
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     converter.representative_dataset = representative_dataset
     converter.target_spec.supported_ops = [operators, *fallback]
-    converter.inference_input_type = converter.inference_output_type = activations
+    converter.inference_input_type, converter.inference_output_type = activations, output
     _per_tensor_dense(converter)
     return bytes(converter.convert())
 

@@ -53,6 +53,31 @@ def rewrite(content: bytes) -> bytes:
     return save(model) if sum([rewrite_pass(model) for rewrite_pass in PASSES]) else content
 
 
+def join(first: bytes, second: bytes) -> bytes:
+    """The graph that gives the one output of ``first`` to the one input of ``second``."""
+    model, following = load(first), load(second)
+    graph, added = model.subgraphs[0], following.subgraphs[0]
+    # -1 is an input left out
+    index = {-1: -1} | {own: own + len(graph.tensors) for own in range(len(added.tensors))}
+    index[int(added.inputs[0])] = int(graph.outputs[0])
+    for tensor in added.tensors:
+        tensor.buffer += len(model.buffers)
+    for operator in added.operators:
+        operator.opcodeIndex += len(model.operatorCodes)
+        for which in ("inputs", "outputs"):
+            setattr(operator, which, np.array([index[int(t)] for t in getattr(operator, which)], np.int32))
+    model.buffers += following.buffers
+    model.operatorCodes += following.operatorCodes
+    graph.tensors += added.tensors
+    graph.operators += added.operators
+    graph.outputs = np.array([index[int(t)] for t in added.outputs], np.int32)
+    made = following.signatureDefs[0].outputs
+    for entry in made:
+        entry.tensorIndex = index[entry.tensorIndex]
+    model.signatureDefs[0].outputs = made
+    return save(model)
+
+
 def share_buffers(model: Any) -> None:
     """Keeps equal constants once, and none that nothing refers to."""
     tensors = [tensor for subgraph in model.subgraphs for tensor in subgraph.tensors]

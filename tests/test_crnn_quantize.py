@@ -10,6 +10,7 @@ import edgekit
 from edgekit.errors import ConversionError
 from edgekit.flatbuffer import Model
 from edgekit.manifest import Manifest
+from edgekit.quantization import quantize
 
 pytestmark = pytest.mark.host
 tf = pytest.importorskip("tensorflow")
@@ -50,15 +51,19 @@ def interpreter(content: bytes) -> Any:
 
 def scores(content: bytes, clips: np.ndarray) -> np.ndarray:
     loaded, found = interpreter(content), []
+    (given,) = loaded.get_input_details()
+    scale, zero_point = given["quantization"]
     for clip in clips:
-        loaded.set_tensor(loaded.get_input_details()[0]["index"], clip[None])
+        levels = quantize(clip, given["dtype"], scale, zero_point) if scale else clip
+        loaded.set_tensor(given["index"], levels[None])
         loaded.invoke()
         found.append(loaded.get_tensor(loaded.get_output_details()[0]["index"])[0])
     return np.array(found)
 
 
 @pytest.mark.parametrize(
-    ("recipe", "tolerance"), [("float32", 1e-5), ("float16", 2e-3), ("int8-weights", 0.03), ("int8", 0.1)]
+    ("recipe", "tolerance"),
+    [("float32", 1e-5), ("float16", 2e-3), ("int8-weights", 0.03), ("int8", 0.1), ("int16x8", 0.03)],
 )
 def test_convert_keeps_the_scores(model: Any, clips: np.ndarray, recipe: str, tolerance: float) -> None:
     content = crnn_quantize.convert(model, recipe, clips)

@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = pytest.mark.host
 keras = pytest.importorskip("keras")
-pytest.importorskip("tensorflow")
+tf = pytest.importorskip("tensorflow")
 
 from ai_edge_litert.interpreter import Interpreter  # noqa: E402
 
@@ -44,6 +44,14 @@ def outputs(content: bytes, frames: int = 30) -> np.ndarray:
         interpreter.invoke()
         results.append(interpreter.get_tensor(made["index"]).astype(int))
     return np.array(results)
+
+
+def float_output(content: bytes, x: np.ndarray) -> np.ndarray:
+    interpreter = Interpreter(model_content=content)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], x)
+    interpreter.invoke()
+    return np.asarray(interpreter.get_tensor(interpreter.get_output_details()[0]["index"]))
 
 
 def apply(content: bytes, rewrite_pass: Callable[[Any], int]) -> tuple[bytes, int]:
@@ -137,3 +145,34 @@ def test_trained_mobilenet_v3_is_one_piece_for_xnnpack(digits: Path, tmp_path: P
     with Sandbox(runtimes.find()["litert"], tmp_path / "digits.tflite") as trial:
         assert trial.pieces and len(trial.pieces) == 1
     assert "HARD_SWISH" not in operators(content) and operators(content).count("MUL") == 28
+
+
+def test_join_gives_the_output_of_one_graph_to_the_other() -> None:
+    def converted(layer: Any, shape: tuple[int, ...]) -> bytes:
+        given = keras.Input(batch_shape=shape)
+        return bytes(tf.lite.TFLiteConverter.from_keras_model(keras.Model(given, layer(given))).convert())
+
+    first = converted(keras.layers.Conv2D(3, 2), (1, 5, 5, 1))
+    second = converted(keras.layers.Softmax(), (1, 4, 4, 3))
+    joined = rewrite.join(first, second)
+    x = np.random.default_rng(0).normal(size=(1, 5, 5, 1)).astype(np.float32)
+    np.testing.assert_allclose(float_output(joined, x), float_output(second, float_output(first, x)), atol=1e-6)
+    assert operators(joined) == ["CONV_2D", "SOFTMAX"]
+
+
+def test_share_buffers_keeps_equal_constants_once() -> None:
+    given = keras.Input(batch_shape=(1, 8, 8, 4))
+    ones = keras.layers.Conv2D(64, 3, kernel_initializer="ones")
+    twos = keras.layers.Conv2D(64, 3, kernel_initializer=keras.initializers.Constant(2.0))
+    model = keras.Model(given, keras.layers.Add()([ones(given), keras.layers.ReLU()(twos(given))]))
+    content = bytes(tf.lite.TFLiteConverter.from_keras_model(model).convert())
+    tree = rewrite.load(content)
+    weights = [tensor for tensor in tree.subgraphs[0].tensors if list(tensor.shape) == [64, 3, 3, 4]]
+    assert len(weights) == 2
+    for tensor in weights:
+        tree.buffers[tensor.buffer].data = np.ones((64, 3, 3, 4), np.float32).view(np.uint8).ravel()
+    rewrite.share_buffers(tree)
+    smaller = rewrite.save(tree)
+    assert len(content) - len(smaller) > 4 * 64 * 9 * 4 - 500
+    x = np.ones((1, 8, 8, 4), np.float32)
+    assert float_output(smaller, x).max() == pytest.approx(2 * 36)
