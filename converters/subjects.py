@@ -34,7 +34,7 @@ class Subject:
         convert: recipe, calibration items where there are some, progress -> a flatbuffer.
         calibrated: the recipes that look at them.
         features: items' float tensors -> what comes before the part that saturates; None where there is none.
-        layered: whether each layer of the flatbuffer can be held against that of a float one.
+        remade: the recipes whose graph has other layers than the float one, which cannot be held against each other.
     """
 
     kind: Kind
@@ -46,7 +46,7 @@ class Subject:
     convert: Callable[[str, Array | None, Progress], bytes]
     calibrated: tuple[str, ...] = targets.CALIBRATED
     features: Callable[[Array], Array] | None = None
-    layered: bool = True
+    remade: tuple[str, ...] = ()
     warnings: list[str] = field(default_factory=list)
 
 
@@ -153,7 +153,7 @@ def open_sound(job: Job) -> Subject:
         convert=convert,
         calibrated=(*targets.CALIBRATED, "int8-weights"),
         features=None if job.streaming else _function(features),
-        layered=not job.streaming,
+        remade=("int8",) if not job.streaming else tuple(recipes.RECIPES),
         warnings=warnings,
     )
 

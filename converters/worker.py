@@ -192,7 +192,7 @@ def _convert(job: Job, tell: Any) -> Result:
         float32 = content if job.quantize == "float32" else subject.convert("float32", None, lambda _: None)
         Path(folder, "float32.tflite").write_bytes(float32)
         tell(Event(stage="comparing the layers"))
-        if job.quantize != "float32" and subject.layered:
+        if job.quantize not in ("float32", *subject.remade):
             of_layers = layers.compare(float32, content, itertools.islice(kind.inputs(compared.x), layers.MAX_FRAMES))
     return Result(
         input=kind.input,
