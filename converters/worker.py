@@ -178,8 +178,12 @@ def _convert(job: Job, tell: Any) -> Result:
     which: VerifiedOn = "validation" if validation else "calibration" if calibration else "noise"
     compared = validation or calibration or data.Dataset(kind.noise(), None, "")
     copies = [] if which == "noise" else list(kind.copies(compared.x))
-    count = len(compared.x) + len(copies)
-    items = data.save(folder / "compared.npy", itertools.chain(compared.x, copies), count)
+    if copies or which == "noise":
+        count = len(compared.x) + len(copies)
+        items = data.save(folder / "compared.npy", itertools.chain(compared.x, copies), count)
+    else:  # they may be many, and lie there already
+        items = compared.x
+        os.link(folder / f"{which}.npy", folder / "compared.npy")
     _keras_outputs(subject, items, folder, tell)
     if subject.features and which != "noise":
         some = kind.inputs(compared.x[: fidelity.MAX_CLIPS])

@@ -19,7 +19,15 @@ from edgekit.converters import metrics  # noqa: E402
 from edgekit.converters.report import CalibrationSummary, Latency, Layer, Report, verdict, write  # noqa: E402
 from edgekit.coverage import Coverage, Left  # noqa: E402
 from edgekit.errors import EdgekitError  # noqa: E402
-from edgekit.manifest import ImageInput, Manifest, Output, RuntimeCheck, Verification  # noqa: E402
+from edgekit.manifest import (  # noqa: E402
+    AudioInput,
+    ImageInput,
+    LogMel,
+    Manifest,
+    Output,
+    RuntimeCheck,
+    Verification,
+)
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 HOSTILE = (
@@ -125,6 +133,23 @@ def make(labels: tuple[str, ...] = ("cat", "dog", "fox"), multi_label: bool = Fa
     return msgspec.structs.replace(report, **changes)
 
 
+def of_sound(copies: int = 24) -> Report:
+    """Of a music tagger."""
+    report = make(multi_label=True)
+    front_end = LogMel(fft_samples=512, frame_hop_samples=256, num_mel_bins=96, low_hz=0, high_hz=6000)
+    of_bundle = msgspec.structs.replace(
+        report.manifest,
+        task="audio-tagging",
+        input=AudioInput(sample_rate_hz=12_000, window_samples=349_440, hop_samples=6_144, front_end=front_end),
+        runtimes={"litert": RuntimeCheck(status="ok", version="2.1.0", max_abs_difference=0.02, within_0_03=0.875)},
+        verification=Verification(
+            data="validation", count=2 if copies else 200, copies=copies, top1_agreement=1.0, within_0_03=0.875,
+            mean_abs_difference=0.01, features_sqnr_db=41.26,
+        ),
+    )  # fmt: skip
+    return msgspec.structs.replace(report, manifest=of_bundle, layers=(), warnings=())
+
+
 def bare(**changes: Any) -> Report:
     """The least there is to report."""
     none = {"keras": None, "bundle": None, "calibration": None}
@@ -140,6 +165,7 @@ REPORTS: dict[str, Callable[[], Report]] = {
     "1,000 classes": lambda: make(LABELS[1000]),
     "several labels": lambda: make(multi_label=True),
     "several labels, one class": lambda: make(LABELS[1], multi_label=True),
+    "sound": of_sound,
     "hostile labels": lambda: make(HOSTILE),
     "nothing": bare,
     "no float model": lambda: make(keras=None),
@@ -271,6 +297,17 @@ def test_verdict_is_one_sentence_of_numbers() -> None:
         "agreement with the float model on 99.50 % of 200 images, 2 ms instead of 2.5 ms (0.80 x) on litert with one "
         "thread, not to be used on tflite-runtime."
     )
+
+
+def test_report_of_sound_tells_how_many_clips_came_out_right(tmp_path: Path) -> None:
+    write(tmp_path, of_sound())
+    text = " ".join(Page(tmp_path / "report.html").text.split())
+    assert "29.12 s of sound at 12 kHz, 96 mel bands; a result every 0.512 s" in text
+    assert "24 shifted copies of the clips too: 87.50 % came out with every score within 0.03" in text
+    assert "stands 41.3 dB above the noise" in text and "image" not in text
+    line = verdict(of_sound())
+    assert "100.00 % of 2 clips, 87.50 % of 24 shifted copies within 0.03, 41.3 dB before the part" in line
+    assert "of 200 clips, 87.50 % within 0.03, 41.3 dB" in verdict(of_sound(copies=0))
 
 
 def test_verdict_of_what_is_not_known() -> None:
