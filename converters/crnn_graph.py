@@ -7,6 +7,7 @@ is unrolled, as TensorFlow's converter crashes on quantized loops (tensorflow is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,11 @@ class Folded:
     biases: tuple[Array, ...]
     grus: tuple[tuple[Array, Array, Array], ...]
     output: tuple[Array, Array]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the log-mel levels of a window."""
+        return 1, self.num_mel_bins, self.frames, 1
 
     @property
     def columns(self) -> int:
@@ -119,32 +125,30 @@ def fold(model: Any) -> Folded:
 def window(folded: Folded) -> Any:
     """The graph of a whole window: log-mel levels (1, bands, frames, 1) -> scores (1, tags)."""
 
-    @tf.function(input_signature=[_window_spec(folded)], autograph=False)
     def graph(log_mel: Any) -> dict[str, Any]:
         return {"scores": scores(folded, _features(folded, log_mel))}
 
-    return graph
+    return traced(graph, log_mel=folded.shape)
 
 
 def halves(folded: Folded) -> tuple[Any, Any]:
     """The same graph in two: log-mel levels -> features (steps, features), and these -> scores."""
 
-    @tf.function(input_signature=[_window_spec(folded)], autograph=False)
     def convolutions(log_mel: Any) -> dict[str, Any]:
         features = _features(folded, log_mel)
         return {FEATURES: tf.reshape(features, features.shape[1:])}
 
-    shape = convolutions.get_concrete_function().structured_outputs[FEATURES].shape
-
-    @tf.function(input_signature=[tf.TensorSpec(shape, tf.float32, name=FEATURES)], autograph=False)
     def grus(features: Any) -> dict[str, Any]:
         return {"scores": scores(folded, features[None])}
 
-    return convolutions, grus
+    first = traced(convolutions, log_mel=folded.shape)
+    return first, traced(grus, features=first.get_concrete_function().structured_outputs[FEATURES].shape)
 
 
-def _window_spec(folded: Folded) -> Any:
-    return tf.TensorSpec((1, folded.num_mel_bins, folded.frames, 1), tf.float32, name="log_mel")
+def traced(graph: Callable[..., Any], **shapes: Any) -> Any:
+    """``graph`` as a TensorFlow function of float32 tensors of these names and shapes."""
+    specs = [tf.TensorSpec(shape, tf.float32, name=name) for name, shape in shapes.items()]
+    return tf.function(graph, input_signature=specs, autograph=False)
 
 
 def _features(folded: Folded, log_mel: Any) -> Any:
@@ -152,6 +156,13 @@ def _features(folded: Folded, log_mel: Any) -> Any:
     for number in range(len(crnn.POOLS)):
         x = block(folded, number, x, "SAME" if number else "VALID")
     return sequence(x)
+
+
+def converter(graph: Any) -> Any:
+    """TensorFlow's converter of a graph that :func:`traced` made."""
+    holder = tf.Module()  # keeps the constants alive
+    holder.graph = graph
+    return tf.lite.TFLiteConverter.from_concrete_functions([graph.get_concrete_function()], holder)
 
 
 def stream(folded: Folded, *, exact: bool = False) -> Any:
@@ -182,11 +193,7 @@ def stream(folded: Folded, *, exact: bool = False) -> Any:
             mend="leave out --exact, or take a longer window",
         )
     plan = _Plan(folded)
-    specs = {"log_mel": (1, folded.num_mel_bins, STEP, 1), **plan.states(exact)}
 
-    @tf.function(
-        input_signature=[tf.TensorSpec(shape, tf.float32, name=name) for name, shape in specs.items()], autograph=False
-    )
     def graph(log_mel: Any, *states: Any) -> dict[str, Any]:
         given = dict(zip(plan.states(exact), states, strict=True))
         made: dict[str, Any] = {}
@@ -211,7 +218,7 @@ def stream(folded: Folded, *, exact: bool = False) -> Any:
             steps = tf.concat([firsts[:, :1], _pool(columns[:, : folded.columns - 2 * LAST_POOL]), last], 1)
         return {"scores": scores(folded, steps), **{f"new_{name}": made[name] for name in given}}
 
-    return graph
+    return traced(graph, log_mel=(1, folded.num_mel_bins, STEP, 1), **plan.states(exact))
 
 
 def streaming_window_samples(frames: int, frame_hop_samples: int, *, exact: bool) -> int:

@@ -33,15 +33,16 @@ Array = npt.NDArray[Any]
 # Slices of the input, of the same size.
 INPUT_SLICES = 8
 # Of each block's output the slices, as parts of the channel's range.
-SLICES: tuple[tuple[float, ...], ...] = ((1 / 3, 2 / 3), (1.0,), (1 / 3, 2 / 3), (1 / 7, 2 / 7, 4 / 7))
+SLICES: tuple[tuple[float, ...], ...] = ((1 / 4, 3 / 4), (1.0,), (1 / 3, 2 / 3), (1 / 7, 2 / 7, 4 / 7))
 # What is added to the largest value that calibration saw, for the louder that it did not see.
-INPUT_HEADROOM = 1.5
-HEADROOM = (1.1, 1.2, 1.5, 1.6)
+INPUT_HEADROOM = 1.3
+HEADROOM = (1.6, 1.5, 1.5, 1.6)
 # No channel's range is taken for less than this part of the widest one's.
 FLOORS = (0.2, 0.3, 0.5, 0.5)
 # Of the refit, in parts of the mean variance: how hard it holds on to the given weights.
 RIDGE = 0.01
-CLIPS = 16
+# Made of those given: the last convolution has 2,313 inputs whose covariance must be known.
+CLIPS = 40
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,7 @@ def convert(folded: Folded, calibration: Array) -> bytes:
         calibration: log-mel levels, (n, bands, frames, 1), from which all ranges come.
     """
     given, layers = plan(folded, calibration)
-    graph = _graph(folded, given, layers)
-    holder = tf.Module()
-    holder.graph = graph
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([graph.get_concrete_function()], holder)
+    converter = crnn_graph.converter(_graph(folded, given, layers))
     # The ranges are in the graph, as fake quantization: there is no representative dataset.
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     model = rewrite.load(bytes(converter.convert()))
@@ -120,55 +118,61 @@ def plan(folded: Folded, calibration: Array) -> tuple[Slices, list[Layer]]:
     of_input = cut = Slices((lowest + highest - range_) / 2 + np.cumsum(size, 0) - size, size)
     # The border is that of the padding, which in slices is not all zeros.
     slices = [of_input(np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))) for x in exact]
+    # What the layers would make of the clips without rounding: the weights of each are refitted to it.
+    nearly = exact
     layers: list[Layer] = []
-    nearly: list[Array] = []
     for number, folded_kernel in enumerate(folded.kernels):
-        kernel, padding = folded_kernel.astype(np.float64), "SAME" if number else "VALID"
+        padding = "SAME" if number else "VALID"
+        kernel, bias = folded_kernel.astype(np.float64), folded.biases[number]
         if number:
-            kernel = _refit(kernel, nearly, exact)
+            kernel, bias = _refit(kernel, bias, nearly, exact)
             wide = np.concatenate([cut.widen(kernel), -kernel.sum(2, keepdims=True)], 2)
         else:
             wide = cut.widen(kernel)
         integers, scale = gptq.quantize(wide, gptq.covariance(slices)[0]), gptq.scales(wide)
-        rounded = integers.astype(np.float32) * scale
-        # The mean of each output is that of the float model; where there is a border it has no part in this.
-        before = [np.asarray(tf.nn.conv2d(x, rounded, 1, padding)) for x in slices]
-        outputs = [np.asarray(tf.nn.conv2d(x, folded_kernel, 1, "SAME")) + folded.biases[number] for x in exact]
-        bias = np.mean([y.mean((0, 1, 2)) - x.mean((0, 1, 2)) for x, y in zip(before, outputs, strict=True)], 0) + 1
-        pooled = [np.asarray(tf.nn.relu(_pool(x + bias.astype(np.float32), number))) for x in before]
+        # Pooling does not mind a bias.
+        pooled, mean = _convolve(slices, integers.astype(np.float32) * scale, padding, number)
+        exactly, wanted = _convolve(exact, folded_kernel, "SAME", number)
+        refitted, _ = _convolve(nearly, _float(kernel), "SAME", number)
+        # The mean of each output stays what it was; the 1 keeps it from being negative.
+        its_bias = wanted + folded.biases[number] - mean + 1
+        pooled = [np.maximum(x + _float(its_bias), 0) for x in pooled]
         widest = HEADROOM[number] * np.max([x.max((0, 1, 2)) for x in pooled], 0)
         widest = np.maximum(widest, FLOORS[number] * max(widest.max(), 1e-3))
         sizes = np.array(SLICES[number])[:, None] * widest
         cut = Slices(np.cumsum(sizes, 0) - sizes, sizes)
-        layers.append(Layer(integers, scale, bias, cut))
+        layers.append(Layer(integers, scale, its_bias, cut))
         slices = [np.pad(cut(x), ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=1) for x in pooled]
-        pooled = [_pool(x, number) for x in outputs]
-        nearly = [np.maximum(x, -1) for x in pooled]
-        exact = [np.asarray(tf.nn.elu(x)) for x in pooled]
+        nearly = [np.maximum(x + _float(bias), -1) for x in refitted]
+        exact = [np.asarray(tf.nn.elu(x + folded.biases[number])) for x in exactly]
     return of_input, layers
 
 
-def _pool(x: Array, number: int) -> Array:
-    return np.asarray(tf.nn.max_pool2d(x, crnn.POOLS[number], crnn.POOLS[number], "VALID"))
+def _convolve(inputs: list[Array], kernel: Array, padding: str, number: int) -> tuple[list[Array], Array]:
+    """The pooled outputs of a convolution without bias, and the mean of each output before pooling."""
+    pool, pooled, means = crnn.POOLS[number], [], []
+    for x in inputs:
+        y = tf.nn.conv2d(x, kernel, 1, padding)
+        means.append(np.asarray(tf.reduce_mean(y, (0, 1, 2)), np.float64))
+        pooled.append(np.asarray(tf.nn.max_pool2d(y, pool, pool, "VALID")))
+    return pooled, np.mean(means, 0)
 
 
-def _refit(kernel: Array, nearly: list[Array], exact: list[Array]) -> Array:
-    """``kernel`` changed a little, so that it makes of the inputs ``nearly`` what it made of ``exact``: least squares,
-    held to what it was by ``RIDGE``."""
-    own, _ = gptq.covariance(nearly)
+def _refit(kernel: Array, bias: Array, nearly: list[Array], exact: list[Array]) -> tuple[Array, Array]:
+    """``kernel`` and ``bias`` changed a little, so that they make of the inputs ``nearly`` what they made of ``exact``:
+    least squares, held to what they were by ``RIDGE``."""
+    own, mean = gptq.covariance(nearly)
     crossed, _ = gptq.covariance(nearly, exact)
+    _, wanted = gptq.covariance(exact)
     ridge = RIDGE * np.diag(own).mean() * np.eye(len(own))
     weights = kernel.reshape(len(own), -1)
-    return np.asarray(np.linalg.solve(own + ridge, (crossed + ridge) @ weights)).reshape(kernel.shape)
+    refitted = np.linalg.solve(own + ridge, (crossed + ridge) @ weights)
+    return refitted.reshape(kernel.shape), bias + wanted @ weights - mean @ refitted
 
 
 def _graph(folded: Folded, of_input: Slices, layers: list[Layer]) -> Any:
     """The TensorFlow graph, its ranges as fake quantization."""
 
-    @tf.function(
-        input_signature=[tf.TensorSpec((1, folded.num_mel_bins, folded.frames, 1), tf.float32, name="log_mel")],
-        autograph=False,
-    )
     def graph(log_mel: Any) -> dict[str, Any]:
         x = tf.pad(folded.window(log_mel), [[0, 0], [1, 1], [1, 1], [0, 0]])
         x = _in_8_bits((x - _float(of_input.start[:, 0])) / _float(of_input.size[:, 0]))
@@ -185,7 +189,7 @@ def _graph(folded: Folded, of_input: Slices, layers: list[Layer]) -> Any:
         features = sum(part * _float(size) for part, size in zip(parts, cut.size, strict=True)) - 1.0
         return {"scores": crnn_graph.scores(folded, crnn_graph.sequence(features))}
 
-    return graph
+    return crnn_graph.traced(graph, log_mel=folded.shape)
 
 
 def _convolutions(layer: Layer, last: bool, share: bool) -> list[tuple[Array, Array, Array]]:

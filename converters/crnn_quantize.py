@@ -59,21 +59,15 @@ def convert(
     if recipe == "int8-weights":
         folded, stored = _round(folded, _clips(folded, calibration))
     graph = crnn_graph.stream(folded, exact=exact) if streaming else crnn_graph.window(folded)
-    content = recipes.RECIPES["float32" if stored else recipe](_converter(graph), None)
+    content = recipes.RECIPES["float32" if stored else recipe](crnn_graph.converter(graph), None)
     return _named(_store_8_bit(content, stored) if stored else content)
-
-
-def _converter(graph: Any) -> Any:
-    holder = tf.Module()  # keeps the constants alive
-    holder.graph = graph
-    return tf.lite.TFLiteConverter.from_concrete_functions([graph.get_concrete_function()], holder)
 
 
 def _int16x8(folded: Folded, calibration: Array) -> bytes:
     """The convolutions by that recipe, and float GRUs: those in 16 bits change every tag, and the runtimes abort on
     their SUB."""
     folded, _ = _round(folded, _clips(folded, calibration))
-    convolutions, grus = map(_converter, crnn_graph.halves(folded))
+    convolutions, grus = map(crnn_graph.converter, crnn_graph.halves(folded))
 
     def tensors() -> Iterator[Array]:
         yield from (clip[None] for clip in calibration)
@@ -98,7 +92,7 @@ def made_clips(bands: int, frames: int) -> Array:
         coarse = random.normal(size=(len(clips), -(-bands // bands_wide), -(-frames // frames_long), 1))
         clips += 5 * tf.image.resize(coarse.astype(np.float32), (bands, frames)).numpy()
     clips += np.linspace(2, -28, bands, dtype=np.float32)[:, None, None]
-    return np.maximum(clips, clips.max((1, 2, 3), keepdims=True) - 80)
+    return np.asarray(np.maximum(clips, clips.max((1, 2, 3), keepdims=True) - 80))
 
 
 def _round(folded: Folded, clips: Array) -> tuple[Folded, dict[bytes, tuple[Array, Array]]]:

@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 # Added to the diagonal of the covariance, in parts of its mean, so that inputs that never vary do not blow up.
 DAMPING = 0.01
 # More patches of an input make no better covariance.
-MAX_PATCHES = 12_000
+MAX_PATCHES = 6_000
 
 
 def covariance(inputs: Iterable[Array], others: Iterable[Array] | None = None, size: int = 3) -> tuple[Array, Array]:
