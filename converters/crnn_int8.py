@@ -42,7 +42,7 @@ FLOORS = (0.2, 0.3, 0.5, 0.5)
 # Of the refit, in parts of the mean variance: how hard it holds on to the given weights.
 RIDGE = 0.01
 # Made of those given: the last convolution has 2,313 inputs whose covariance must be known.
-CLIPS = 40
+CLIPS = 24
 
 
 @dataclass(frozen=True)

@@ -84,10 +84,10 @@ def _clips(folded: Folded, calibration: Array | None) -> Array:
 
 
 def made_clips(bands: int, frames: int) -> Array:
-    """Log-mel levels (8, bands, frames, 1) that resemble music: the loud and the quiet come in patches of all sizes,
+    """Log-mel levels (24, bands, frames, 1) that resemble music: the loud and the quiet come in patches of all sizes,
     the bass is louder than the treble, and nothing is more than 80 dB below the loudest."""
     random = np.random.default_rng(0)
-    clips = np.zeros((8, bands, frames, 1), np.float32)
+    clips = np.zeros((24, bands, frames, 1), np.float32)
     for bands_wide, frames_long in ((1, 1), (2, 4), (4, 16), (12, 68), (32, 273)):
         coarse = random.normal(size=(len(clips), -(-bands // bands_wide), -(-frames // frames_long), 1))
         clips += 5 * tf.image.resize(coarse.astype(np.float32), (bands, frames)).numpy()

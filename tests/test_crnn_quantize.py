@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +127,18 @@ def test_augment_keeps_the_clips_and_their_range(clips: np.ndarray) -> None:
 def published(crnn_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Converts the published weights, calibrated on the author's clips."""
     folder = tmp_path_factory.mktemp("published")
+    (folder / "clips").mkdir()
+    weights = str(crnn_data / crnn.WEIGHTS_FILE)
+    for path in crnn_data.glob("*.npy"):
+        shutil.copy(path, folder / "clips")
 
     def convert(recipe: Any) -> tuple[Manifest, int]:
         output = folder / f"{recipe}.tflite"
         weights = str(crnn_data / crnn.WEIGHTS_FILE)
         if not output.exists():
-            manifests[recipe] = edgekit.convert("crnn", output, weights=weights, calibration=crnn_data, quantize=recipe)
+            manifests[recipe] = edgekit.convert(
+                "crnn", output, weights=weights, calibration=folder / "clips", quantize=recipe
+            )
         return manifests[recipe], output.stat().st_size
 
     manifests: dict[str, Manifest] = {}
