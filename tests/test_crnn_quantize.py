@@ -128,7 +128,6 @@ def published(crnn_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Converts the published weights, calibrated on the author's clips."""
     folder = tmp_path_factory.mktemp("published")
     (folder / "clips").mkdir()
-    weights = str(crnn_data / crnn.WEIGHTS_FILE)
     for path in crnn_data.glob("*.npy"):
         shutil.copy(path, folder / "clips")
 
