@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import keras
+import msgspec
 
 from edgekit.converters.weights import load_weights
 from edgekit.errors import ConversionError
@@ -48,6 +49,13 @@ WEIGHTS_SHA256 = "df63638de9f3113780768181670c554f122fbd1297c63c065836d70a251115
 
 
 HARD_SIGMOID_SLOPE = 0.2
+
+
+def front_end(num_mel_bins: int = MEL_BINS, *, streaming: bool = False) -> LogMel:
+    """What makes the log-mel levels of a model, in training as on the device. A stream does not know its loudest frame,
+    and so has no ``range_db``."""
+    range_db = None if streaming else FRONT_END.range_db
+    return msgspec.structs.replace(FRONT_END, num_mel_bins=num_mel_bins, range_db=range_db)
 
 
 def hard_sigmoid(x: Any) -> Any:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import keras
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
@@ -183,12 +182,7 @@ def _audio_input(model: Any, job: Job) -> AudioInput:
         window_samples=window_samples,
         hop_samples=max(hop_samples, 1),
         streaming=job.streaming,
-        # A stream does not know its loudest frame.
-        front_end=msgspec.structs.replace(
-            crnn.FRONT_END,
-            num_mel_bins=num_mel_bins,
-            range_db=None if job.streaming else crnn.FRONT_END.range_db,
-        ),
+        front_end=crnn.front_end(num_mel_bins, streaming=job.streaming),
     )
 
 
