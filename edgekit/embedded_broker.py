@@ -102,6 +102,8 @@ class EmbeddedBroker:
     def _stop_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
+        if not self._thread.is_alive():
+            self._loop.close()
 
     def __enter__(self) -> EmbeddedBroker:
         return self

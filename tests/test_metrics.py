@@ -18,6 +18,7 @@ from edgekit.errors import ConversionError  # noqa: E402
 def no_warnings() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("default", ResourceWarning)  # of what other tests left to be collected
         yield
 
 
