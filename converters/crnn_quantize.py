@@ -107,7 +107,7 @@ def _round(folded: Folded, clips: Array) -> tuple[Folded, dict[bytes, tuple[Arra
             continue
         kernel = folded.kernels[number]
         of_inputs, mean = gptq.covariance(layers[number])
-        integers, scale = gptq.quantize(kernel, of_inputs), gptq.scales(kernel)
+        integers, scale = gptq.quantize(kernel, of_inputs)
         rounded = integers.astype(np.float32) * scale
         # The mean of each output stays what it was.
         lost = (kernel.astype(np.float64) - rounded).reshape(len(mean), -1)

@@ -16,8 +16,9 @@ from edgekit.flatbuffer import Model
 
 # A score that differs by less is right.
 TOLERANCE = 0.03
-# Below this share of right clips a runtime is not to be used.
-REQUIRED_SHARE = 0.8
+# Below this share of right clips a runtime is not to be used. What is right for 85 % of all clips shows 70 % or more on
+# 24 of them but for once in a hundred times; what is broken shows 40 % at most.
+REQUIRED_SHARE = 0.7
 # Tags whose scores are closer have no order: an int8 score has steps of 0.004, and two may be off by one each.
 TIE = 0.01
 # On how many clips the features are measured.

@@ -18,6 +18,8 @@ Array = npt.NDArray[Any]
 
 # Added to the diagonal of the covariance, in parts of its mean, so that inputs that never vary do not blow up.
 DAMPING = 0.01
+# Scales that are tried, in parts of that which makes the largest weight 127.
+SCALES = (1.0, 0.85, 0.7, 0.55)
 # More patches of an input make no better covariance.
 MAX_PATCHES = 6_000
 
@@ -56,27 +58,38 @@ def covariance(inputs: Iterable[Array], others: Iterable[Array] | None = None, s
     return np.asarray(products) / count - np.outer(mean, of_others), mean + np.asarray(origins[0], np.float64)
 
 
-def scales(kernel: Array) -> Array:
-    """Of each output channel of ``kernel`` (height, width, in, out), so that its largest weight becomes 127."""
-    largest = np.abs(kernel).max((0, 1, 2))
-    return np.asarray(np.where(largest > 0, largest, 1.0) / 127.0, np.float32)
+def quantize(kernel: Array, of_inputs: Array) -> tuple[Array, Array]:
+    """``kernel`` (height, width, in, out) as integers and the scale of each output channel.
 
-
-def quantize(kernel: Array, of_inputs: Array) -> Array:
-    """``kernel`` (height, width, in, out) -> int8 of the same shape; the weights are these times :func:`scales`.
+    The scale is the best of a few: with a smaller one all weights are rounded less, but the largest are cut off.
 
     Args:
         of_inputs: as :func:`covariance` gives it.
+
+    Returns:
+        int8 of the kernel's shape, and float32 (out,): the weights are their product.
     """
-    scale = scales(kernel).astype(np.float64)
-    weights = kernel.reshape(-1, kernel.shape[3]) / scale
+    given = kernel.reshape(-1, kernel.shape[3]).astype(np.float64)
+    largest = np.abs(given).max(0)
+    scale = np.where(largest > 0, largest, 1.0) / 127 * np.array(SCALES)[:, None]  # (trials, out)
+    scale = scale.astype(np.float32).astype(np.float64)
+    weights = np.concatenate([given / of_trial for of_trial in scale], 1)
     # Of inputs that do not vary at all, as silence, there is nothing to make up for.
     damped = of_inputs + (DAMPING * np.diag(of_inputs).mean() or 1.0) * np.eye(len(of_inputs))
     # Those that vary most first: their errors are the costliest, and there is most left to make up for them.
     order = np.argsort(-np.diag(damped), kind="stable")
-    weights, damped = weights[order], damped[np.ix_(order, order)]
-    upper = np.linalg.cholesky(np.linalg.inv(damped)).T
     rounded = np.empty_like(weights)
+    rounded[order] = _round(weights[order], np.linalg.cholesky(np.linalg.inv(damped[np.ix_(order, order)])).T)
+    trials = rounded.reshape(len(given), *scale.shape)
+    errors = [given - trials[:, trial] * scale[trial] for trial in range(len(scale))]
+    best = np.argmin([np.sum(error * (damped @ error), 0) for error in errors], 0)
+    channels = np.arange(kernel.shape[3])
+    return trials[:, best, channels].astype(np.int8).reshape(kernel.shape), scale[best, channels].astype(np.float32)
+
+
+def _round(weights: Array, upper: Array) -> Array:
+    """``weights`` (in, channels) in integers; ``upper`` is the Cholesky factor of the inputs' inverse covariance."""
+    weights, rounded = weights.copy(), np.empty_like(weights)
     for start in range(0, len(weights), 128):  # in blocks, or the memory of the rest would be swept for each row
         block = slice(start, min(start + 128, len(weights)))
         errors = np.empty_like(weights[block])
@@ -86,6 +99,4 @@ def quantize(kernel: Array, of_inputs: Array) -> Array:
             rest = slice(number + 1, block.stop)
             weights[rest] -= np.outer(upper[number, rest], error)
         weights[block.stop :] -= upper[block, block.stop :].T @ errors
-    result = np.empty(rounded.shape, np.int8)
-    result[order] = rounded
-    return result.reshape(kernel.shape)
+    return rounded

@@ -161,7 +161,7 @@ def test_without_data_it_says_that_only_noise_was_tried(edgekit_cli: Any) -> Non
 def test_recipe_is_faithful_in_every_runtime(convert: Any, tmp_path: Path, recipe: str) -> None:
     of_bundle = convert(tmp_path / "out.tflite", quantize=recipe)
     for name, check in of_bundle.runtimes.items():
-        assert check.status == "not-installed" or (check.status == "ok" and check.within_0_03 >= 0.8), (name, check)
+        assert check.status == "not-installed" or (check.status == "ok" and check.within_0_03 >= 0.7), (name, check)
     assert of_bundle.verification.max_abs_difference < 0.03
     assert (of_bundle.calibration is None) == (recipe != "int8")
 

@@ -146,10 +146,14 @@ def published(crnn_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize(
     ("recipe", "on_clips", "share"),
-    [("float32", 0.001, 1), ("float16", 0.01, 1), ("int8-weights", 0.02, 0.9), ("int8", 0.03, 0.8)],
+    [("float32", 0.001, 1), ("float16", 0.01, 1), ("int8-weights", 0.02, 0.9), ("int8", 0.07, 0.7)],
 )
 def test_published_tagger_keeps_its_tags(published: Any, recipe: str, on_clips: float, share: float) -> None:
-    """On the author's two log-mels, and on 24 copies of them moved in time, in each runtime here."""
+    """On the author's two log-mels, and on 24 copies of them moved in time, in each runtime here.
+
+    int8 keeps 85 % of many copies, so that of 24 it is to keep 70 % whatever the rounding. One of the two clips lies
+    where a gate flips: noise at 60 dB, a fifth of that of int8, changes a score of it by 0.04.
+    """
     of_bundle, size = published(recipe)
     assert of_bundle.runtimes["litert"].status == "ok"
     for name, check in of_bundle.runtimes.items():

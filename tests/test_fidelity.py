@@ -49,9 +49,9 @@ def test_judge_takes_no_order_from_scores_that_are_as_good_as_equal() -> None:
 @pytest.mark.parametrize(
     ("rows", "by", "problem"),
     [
-        (4, 0.1, ""),
-        (5, 0.1, "75% of clips within 0.03 of the Keras model, 80% are needed"),
-        (5, 0.5, "another tag comes first on 25% of the clips"),
+        (6, 0.1, ""),
+        (7, 0.1, "65% of clips within 0.03 of the Keras model, 70% are needed"),
+        (7, 0.5, "another tag comes first on 35% of the clips"),
     ],
 )
 def test_problem_of_too_many_clips_says_how_many(rows: int, by: float, problem: str) -> None:
