@@ -46,8 +46,9 @@ FLOORS = (0.2, 0.3, 0.5, 0.5)
 RIDGE = 0.01
 # The same for the first GRU: one of these is chosen.
 GRU_RIDGES = (0.01, 0.1, 1.0)
-# How much more a row of the given clips counts than one of those made of them.
+# How much more a row of the given clips, of so many at most, counts than one of the others.
 GIVEN_WEIGHTS = (1.0, 10.0, 100.0)
+MAX_GIVEN = 6
 # What one runtime makes of the features beside another, in parts of their size: 58 dB.
 RUNTIME_NOISE, NOISY_TRIALS = 10 ** (-58 / 20), 6
 # Made of those given: the last convolution has 2,313 inputs whose covariance must be known.
@@ -157,7 +158,7 @@ def plan(folded: Folded, calibration: Array) -> tuple[Folded, Slices, list[Layer
         exact = [np.asarray(tf.nn.elu(x + folded.biases[number])) for x in exactly]
     # The ones that no convolution follows are left out.
     features = [_features(cut, x[..., :-1]) for x in slices]
-    return _refit_gru(folded, features, exact, len(calibration)), of_input, layers
+    return _refit_gru(folded, features, exact, min(len(calibration), MAX_GIVEN)), of_input, layers
 
 
 def _features(cut: Slices, slices: Any) -> Any:
