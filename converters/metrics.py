@@ -100,7 +100,7 @@ def figures(
         top5=None if rank is None or len(labels) < 6 else float(np.mean(rank < 5)),
         f1_macro=float(np.mean([f for f, s in zip(f1, support, strict=True) if s] or [0.0])),
         classes=tuple(
-            ClassFigures(label=label, support=s, precision=p, recall=r, f1=f, auc=a)
+            ClassFigures(label=label, support=int(s), precision=p, recall=r, f1=f, auc=a)
             for label, p, r, f, s, a in zip(labels, precision, recall, f1, support, auc, strict=True)
         ),
         confusion=msgspec.convert(confusion.tolist(), tuple[tuple[int | tuple[int, int], ...], ...]),

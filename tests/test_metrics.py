@@ -108,6 +108,12 @@ def test_figures_fit_json(multi_label: bool) -> None:
     assert msgspec.json.decode(msgspec.json.encode(found), type=Figures) == found
 
 
+def test_figures_with_nothing_right_fit_json() -> None:
+    """scikit-learn counts in floating point then."""
+    found = figures(one_hot([1, 2, 0], 3), np.array([0, 1, 2]), tuple("abc"), False)
+    assert msgspec.json.decode(msgspec.json.encode(found), type=Figures) == found and found.top1 == 0
+
+
 @pytest.mark.parametrize(
     ("rows", "truth", "multi_label", "line"),
     [
