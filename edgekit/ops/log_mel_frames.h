@@ -1,0 +1,283 @@
+/* The levels of some frames of sound at once, each frame in its own lane of the vectors: all of them go the same way
+ * through the transform. log_mel.c includes this once for each instruction set, with its LANES. */
+
+#define JOIN_(name, lanes) name##_##lanes
+#define JOIN(name, lanes) JOIN_(name, lanes)
+#define NAME(name) JOIN(name, LANES)
+#define V NAME(Reals)
+#define I NAME(Bits)
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float V __attribute__((vector_size(4 * LANES)));
+typedef int32_t I __attribute__((vector_size(4 * LANES)));
+
+/* Four samples from `at` on of the frames row, row + 4 ..., each in 128 bits of its own; the larger of two; and the masks
+ * that interleave two vectors within each 128 bits, by one and by two elements. */
+#if LANES == 16
+#define MASK(a, b, c, d) \
+  a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
+INLINE V NAME(four)(const float *const *frames, int row, int at) {
+  __m512 four = _mm512_castps128_ps512(_mm_loadu_ps(frames[row] + at));
+  four = _mm512_insertf32x4(four, _mm_loadu_ps(frames[row + 4] + at), 1);
+  four = _mm512_insertf32x4(four, _mm_loadu_ps(frames[row + 8] + at), 2);
+  return (V)_mm512_insertf32x4(four, _mm_loadu_ps(frames[row + 12] + at), 3);
+}
+INLINE V NAME(larger)(V a, V b) { return (V)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif LANES == 8
+#define MASK(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4
+INLINE V NAME(four)(const float *const *frames, int row, int at) {
+  __m256 four = _mm256_castps128_ps256(_mm_loadu_ps(frames[row] + at));
+  return (V)_mm256_insertf128_ps(four, _mm_loadu_ps(frames[row + 4] + at), 1);
+}
+INLINE V NAME(larger)(V a, V b) { return (V)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
+#define MASK(a, b, c, d) a, b, c, d
+INLINE V NAME(four)(const float *const *frames, int row, int at) {
+  V four;
+  memcpy(&four, frames[row] + at, sizeof four);
+  return four;
+}
+INLINE V NAME(larger)(V a, V b) {
+  I take = a > b;
+  return (V)(((I)a & take) | ((I)b & ~take));
+}
+#endif
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (I){__VA_ARGS__})
+#endif
+#define LOW(a, b) SHUFFLE(a, b, MASK(0, LANES, 1, LANES + 1))
+#define HIGH(a, b) SHUFFLE(a, b, MASK(2, LANES + 2, 3, LANES + 3))
+#define LOW_PAIR(a, b) SHUFFLE(a, b, MASK(0, 1, LANES, LANES + 1))
+#define HIGH_PAIR(a, b) SHUFFLE(a, b, MASK(2, 3, LANES + 2, LANES + 3))
+
+/* The windowed samples of the frames into `to`, `step` vectors apart. */
+INLINE void NAME(load)(const float *const *frames, const float *window, int samples, V *to, int step) {
+  int i = 0;
+  for (; i + 4 <= samples; i += 4) {
+    V a = NAME(four)(frames, 0, i), b = NAME(four)(frames, 1, i), c = NAME(four)(frames, 2, i), d = NAME(four)(frames, 3, i);
+    V ab = LOW(a, b), cd = LOW(c, d), ab_high = HIGH(a, b), cd_high = HIGH(c, d);
+    to[(i + 0) * step] = LOW_PAIR(ab, cd) * window[i];
+    to[(i + 1) * step] = HIGH_PAIR(ab, cd) * window[i + 1];
+    to[(i + 2) * step] = LOW_PAIR(ab_high, cd_high) * window[i + 2];
+    to[(i + 3) * step] = HIGH_PAIR(ab_high, cd_high) * window[i + 3];
+  }
+  for (; i < samples; i++)
+    for (int lane = 0; lane < LANES; lane++) to[i * step][lane] = frames[lane][i] * window[i];
+}
+
+/* (re, im) turned by one of the tables' (cos, sin). */
+INLINE void NAME(turn)(V *to, V re, V im, const float *by) {
+  to[0] = re * by[0] - im * by[1];
+  to[1] = re * by[1] + im * by[0];
+}
+
+/* A pass of the transform, decimation in frequency: each `length` complex numbers become as many parts as the radix says.
+ * The last pass has nothing to turn. */
+INLINE void NAME(quarters)(V *z, int size, int length, const float *turns, int last) {
+  int part = last ? 1 : length / 4;
+  for (int start = 0; start < size; start += 4 * part) {
+    V *a = z + 2 * start, *b = a + 2 * part, *c = b + 2 * part, *d = c + 2 * part;
+    const float *by = turns;
+    for (int k = 0; k < part; k++, a += 2, b += 2, c += 2, d += 2, by += 6) {
+      V sum_re = a[0] + c[0], sum_im = a[1] + c[1], less_re = a[0] - c[0], less_im = a[1] - c[1];
+      V other_re = b[0] + d[0], other_im = b[1] + d[1], turned_re = b[1] - d[1], turned_im = d[0] - b[0];
+      a[0] = sum_re + other_re;
+      a[1] = sum_im + other_im;
+      if (last) {
+        b[0] = less_re + turned_re;
+        b[1] = less_im + turned_im;
+        c[0] = sum_re - other_re;
+        c[1] = sum_im - other_im;
+        d[0] = less_re - turned_re;
+        d[1] = less_im - turned_im;
+      } else {
+        NAME(turn)(b, less_re + turned_re, less_im + turned_im, by);
+        NAME(turn)(c, sum_re - other_re, sum_im - other_im, by + 2);
+        NAME(turn)(d, less_re - turned_re, less_im - turned_im, by + 4);
+      }
+    }
+  }
+}
+
+INLINE void NAME(halves)(V *z, int size, int length, const float *turns) {
+  int part = length / 2;
+  for (int start = 0; start < size; start += length)
+    for (int k = 0; k < part; k++) {
+      V *a = z + 2 * (start + k), *b = a + 2 * part, re = a[0] - b[0], im = a[1] - b[1];
+      a[0] += b[0];
+      a[1] += b[1];
+      NAME(turn)(b, re, im, turns + 2 * k);
+    }
+}
+
+/* Of an odd radix, with the (cos, sin) of its roots of unity. */
+INLINE void NAME(odd_parts)(V *z, int size, int length, int radix, const float *turns, const float *roots) {
+  int part = length / radix, half = radix / 2;
+  V sums[MAX_RADIX], less[MAX_RADIX];
+  for (int start = 0; start < size; start += length) {
+    const float *by = turns;
+    for (int k = 0; k < part; k++, by += 2 * (radix - 1)) {
+      V *first = z + 2 * (start + k), re = first[0], im = first[1], whole_re = re, whole_im = im;
+      for (int j = 0; j < half; j++) {
+        const V *a = first + 2 * part * (j + 1), *b = first + 2 * part * (radix - 1 - j);
+        whole_re += sums[2 * j] = a[0] + b[0];
+        whole_im += sums[2 * j + 1] = a[1] + b[1];
+        less[2 * j] = a[1] - b[1];
+        less[2 * j + 1] = b[0] - a[0];
+      }
+      first[0] = whole_re;
+      first[1] = whole_im;
+      for (int m = 1; m <= half; m++) {
+        V even_re = re, even_im = im, odd_re = {0}, odd_im = {0};
+        for (int j = 0, at = m; j < half; j++, at = at + m < radix ? at + m : at + m - radix) {
+          even_re += sums[2 * j] * roots[2 * at];
+          even_im += sums[2 * j + 1] * roots[2 * at];
+          odd_re -= less[2 * j] * roots[2 * at + 1];
+          odd_im -= less[2 * j + 1] * roots[2 * at + 1];
+        }
+        NAME(turn)(first + 2 * part * m, even_re + odd_re, even_im + odd_im, by + 2 * (m - 1));
+        NAME(turn)(first + 2 * part * (radix - m), even_re - odd_re, even_im - odd_im, by + 2 * (radix - m - 1));
+      }
+    }
+  }
+}
+
+/* In place; number k of the result is left at place plan->places[k]. */
+static void NAME(transform)(const Plan *plan, V *z) {
+  int length = plan->size;
+  for (int pass = 0; pass < plan->passes; length /= plan->radix[pass++]) {
+    const float *turns = plan->turns[pass], *roots = plan->roots[pass];
+    switch (plan->radix[pass]) {
+      case 2: NAME(halves)(z, plan->size, length, turns); break;
+      case 3: NAME(odd_parts)(z, plan->size, length, 3, turns, roots); break;
+      case 4:
+        if (length > 4) NAME(quarters)(z, plan->size, length, turns, 0);
+        else NAME(quarters)(z, plan->size, length, turns, 1);
+        break;
+      case 5: NAME(odd_parts)(z, plan->size, length, 5, turns, roots); break;
+      default: NAME(odd_parts)(z, plan->size, length, plan->radix[pass], turns, roots);
+    }
+  }
+}
+
+/* Of a size with a large prime factor: as a convolution (Bluestein 1970), through transforms of a power of two. */
+static void NAME(transform_any)(const LogMel *op, V *z) {
+  const Plan *plan = &op->round;
+  V *a = op->rounds, *b = a + 2 * plan->size;
+  for (int k = 0; k < op->size; k++) NAME(turn)(a + 2 * k, z[2 * k], z[2 * k + 1], op->chirp + 2 * k);
+  memset(a + 2 * op->size, 0, sizeof *a * 2 * (size_t)(plan->size - op->size));
+  NAME(transform)(plan, a);
+  for (int k = 0; k < plan->size; k++) {
+    const V *from = a + 2 * plan->places[k];
+    NAME(turn)(b + 2 * k, from[0], from[1], op->chirp_spectrum + 2 * k);
+    b[2 * k + 1] = -b[2 * k + 1];
+  }
+  NAME(transform)(plan, b);
+  for (int k = 0; k < op->size; k++) {
+    const V *from = b + 2 * plan->places[k];
+    NAME(turn)(z + 2 * k, from[0], -from[1], op->chirp + 2 * k);
+  }
+}
+
+/* Binary logarithm of numbers that are neither subnormal nor negative. The polynomial, of log2(1 + x) / x between
+ * sqrt(1/2) - 1 and sqrt(2) - 1, is off by 5e-8 at most. */
+INLINE V NAME(log2)(V x) {
+  const int32_t root_half = 0x3f3504f3;
+  I bits = (I)x - root_half, exponent = bits >> 23;
+  V y = (V)((bits & 0x7fffff) + root_half) - 1.0f;
+  V p = y * -0.145744443f + 0.236890361f;
+  p = p * y - 0.250069052f;
+  p = p * y + 0.286707461f;
+  p = p * y - 0.360087216f;
+  p = p * y + 0.480939448f;
+  p = p * y - 0.721357167f;
+  p = p * y + 1.44269478f;
+  return p * y + __builtin_convertvector(exponent, V);
+}
+
+/* |spectrum|^2 of the frames, 1 + fft / 2 vectors. */
+INLINE void NAME(powers)(const LogMel *op, const V *z, V *powers) {
+  const int32_t *places = op->places;
+  if (op->fft % 2) {
+    for (int k = 0; k <= op->fft / 2; k++) {
+      const V *at = z + 2 * places[k];
+      powers[k] = at[0] * at[0] + at[1] * at[1];
+    }
+    return;
+  }
+  /* The even samples were transformed as real parts, the odd ones as imaginary parts. */
+  V low = z[0] + z[1], high = z[0] - z[1];
+  powers[0] = 4 * low * low; /* the window is halved */
+  powers[op->size] = 4 * high * high;
+  const float *by = op->split;
+  for (int k = 1, last = op->size / 2; k <= last; k++, by += 2) {
+    const V *a = z + 2 * places[k], *b = z + 2 * places[op->size - k];
+    V even_re = a[0] + b[0], even_im = a[1] - b[1], odd[2];
+    NAME(turn)(odd, a[1] + b[1], b[0] - a[0], by);
+    V re = even_re + odd[0], im = even_im + odd[1], other_re = even_re - odd[0], other_im = even_im - odd[1];
+    powers[k] = re * re + im * im;
+    powers[op->size - k] = other_re * other_re + other_im * other_im;
+  }
+}
+
+/* Levels of the frames that begin at frames[0..LANES - 1], of which the first `count` go to `levels`, a column each in
+ * rows `row` apart. False where one is not finite. */
+static bool NAME(levels)(const LogMel *op, const float *const *frames, int count, float *levels, size_t row, float *highest) {
+  V *z = op->spectra, *powers = op->powers;
+  if (op->fft % 2) {
+    NAME(load)(frames, op->window, op->fft, z, 2);
+    for (int k = 0; k < op->fft; k++) z[2 * k + 1] = (V){0};
+  } else {
+    NAME(load)(frames, op->window, op->fft, z, 1);
+  }
+  if (op->chirp) NAME(transform_any)(op, z);
+  else NAME(transform)(&op->plan, z);
+  NAME(powers)(op, z, powers);
+  /* Infinity and NaN times 0 are NaN. NaN among the samples is in every power, if not in every filter. */
+  V check = powers[0] * 0.0f, floor = (V){0} + op->floor, top = (V){0} - FLT_MAX;
+  const float *weight = op->weights;
+  for (int m = 0; m < op->mels; m++, levels += row) {
+    const V *power = powers + op->filters[m].first;
+    V sum = {0};
+    for (int k = op->filters[m].count; k > 0; k--) sum += *power++ * *weight++;
+    check += sum * 0.0f;
+    V level = NAME(log2)(NAME(larger)(sum, floor)) * op->scale;
+    top = NAME(larger)(level, top);
+    memcpy(levels, &level, count == LANES ? sizeof level : sizeof *levels * (size_t)count);
+  }
+  bool finite = true;
+  for (int lane = 0; lane < LANES; lane++) {
+    finite &= check[lane] == 0;
+    if (top[lane] > *highest) *highest = top[lane];
+  }
+  return finite;
+}
+
+static void NAME(from_int16)(const char *from, int count, float scale, float *to) {
+  for (int i = 0; i < count; i++) {
+    int16_t sample; /* a constant's need not be aligned */
+    memcpy(&sample, from + sizeof sample * (size_t)i, sizeof sample);
+    to[i] = (float)sample * scale;
+  }
+}
+
+static void NAME(raise)(float *levels, size_t count, float to) {
+  for (size_t i = 0; i < count; i++) levels[i] = levels[i] > to ? levels[i] : to;
+}
+
+#undef JOIN_
+#undef JOIN
+#undef NAME
+#undef V
+#undef I
+#undef INLINE
+#undef MASK
+#undef SHUFFLE
+#undef LOW
+#undef HIGH
+#undef LOW_PAIR
+#undef HIGH_PAIR
+#undef LANES
