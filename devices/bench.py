@@ -95,6 +95,7 @@ def bench(
     delegates: Sequence[str] = ("cpu", "coral", "gpu"),
     threads: Sequence[int] = (),
     seconds: float = 2.0,
+    ops: Sequence[str | os.PathLike[str]] = (),
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Bench:
     """Measures bundles in every runtime installed, in turns within one run, so that the machine's noise strikes all
@@ -105,6 +106,8 @@ def bench(
         delegates: ``cpu``, ``coral``, ``gpu`` or the path of a delegate library.
         threads: numbers of threads of the CPU kernels; 1 and the number of cores by default.
         seconds: how long to measure each combination.
+        ops: files with kernels of custom operators beside EdgeKit's own, as :class:`edgekit.CustomOpResolver` takes
+            them.
         progress: called with a stage's name, how much of it is done, and of how much.
 
     Raises:
@@ -132,7 +135,7 @@ def bench(
         for count in (counts if delegate == "cpu" else counts[:1])
         for file in files
     ]
-    inference = tuple(_inference(trials, seconds, progress))
+    inference = tuple(_inference(trials, seconds, ops, progress))
     if not any(row.latency_ms for row in inference):
         reasons = dict.fromkeys(f"{row.runtime} with {row.delegate}: {row.problem}" for row in inference)
         raise EdgekitError(f"nothing could be measured ({'; '.join(reasons)})", mend="try `edgekit inspect` on it")
@@ -140,7 +143,7 @@ def bench(
         machine=f"{platform.machine()} {_cpu()}".strip(),
         cores=cores,
         inference=inference,
-        stages=tuple(_stages(file, min(seconds, 2.0)) for file in files),
+        stages=tuple(_stages(file, min(seconds, 2.0), ops) for file in files),
     )
 
 
@@ -150,7 +153,12 @@ def _model(file: File, delegate: str) -> Path:
     return compiled if delegate == "coral" and compiled.exists() else file.path
 
 
-def _inference(trials: list[_Trial], seconds: float, progress: Callable[[str, int, int], None]) -> list[Inference]:
+def _inference(
+    trials: list[_Trial],
+    seconds: float,
+    ops: Sequence[str | os.PathLike[str]],
+    progress: Callable[[str, int, int], None],
+) -> list[Inference]:
     problems: dict[int, str] = {}
     open_ones: dict[int, Sandbox] = {}
     with ExitStack() as stack:
@@ -158,7 +166,9 @@ def _inference(trials: list[_Trial], seconds: float, progress: Callable[[str, in
             progress("loading", number + 1, len(trials))
             library = EDGE_TPU_LIBRARY if trial.delegate == "coral" else trial.delegate
             try:
-                open_ones[number] = stack.enter_context(Sandbox(trial.runtime, trial.model, library, trial.threads))
+                open_ones[number] = stack.enter_context(
+                    Sandbox(trial.runtime, trial.model, library, trial.threads, ops)
+                )
             except SandboxError as error:
                 problems[number] = str(error)
         measured = alternate(list(open_ones.values()), seconds, lambda *count: progress("measuring", *count))
@@ -195,12 +205,12 @@ def _inference(trials: list[_Trial], seconds: float, progress: Callable[[str, in
     return rows
 
 
-def _stages(file: File, seconds: float) -> Stages:
+def _stages(file: File, seconds: float, ops: Sequence[str | os.PathLike[str]]) -> Stages:
     try:
         of_bundle = bundle.classifier(file)
         given, frame = _frame(of_bundle.input)
         marks: list[tuple[float, ...]] = []
-        with Model(of_bundle) as model:
+        with Model(of_bundle, ops=ops) as model:
             started_s = time.perf_counter()
             while (now_s := time.perf_counter()) - started_s < seconds or len(marks) < 10:
                 tensor = model.preprocess(*frame)

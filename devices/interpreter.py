@@ -15,6 +15,7 @@ from edgekit import runtimes
 from edgekit.audio import as_samples
 from edgekit.audio_preprocess import StreamPreprocessor, WindowPreprocessor
 from edgekit.bundle import Bundle
+from edgekit.custom_ops import Ops, resolver
 from edgekit.decode import Prediction, Threshold, scores, thresholds, top
 from edgekit.errors import BundleError, EdgekitError
 from edgekit.manifest import AudioInput
@@ -37,7 +38,9 @@ class Model:
             :class:`~edgekit.audio_preprocess.StreamPreprocessor`.
     """
 
-    def __init__(self, bundle: Bundle, *, delegate: str = "auto", threads: int = 1, runtime: str | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, *, delegate: str = "auto", threads: int = 1, runtime: str | None = None, ops: Ops = ()
+    ) -> None:
         if not 1 <= threads <= 256:
             raise BundleError(
                 "threads", expected="1 to 256", got=str(threads), mend="give as many as the device has cores"
@@ -48,9 +51,14 @@ class Model:
             )
         self.bundle, self.delegate = bundle, "cpu"
         self.runtime, module = runtimes.load(runtime)
+        custom = any(operator.custom for operator in bundle.file.model.operators)
+        self._ops = resolver(ops) if ops or custom else None
+        delegates = [self._ops.delegate(module)] if self._ops and self._ops.wanted(bundle.file.model) else []
         try:
             # From memory, not by path: the file may be replaced or cut while the model runs.
-            self._interpreter: Any = module.Interpreter(model_content=bundle.file.content, num_threads=threads)
+            self._interpreter: Any = module.Interpreter(
+                model_content=bundle.file.content, num_threads=threads, experimental_delegates=delegates
+            )
             self._interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
             raise self._failure("does not load", error) from error
@@ -66,10 +74,10 @@ class Model:
             bundle, np.dtype(input_details["dtype"]).name, *input_details["quantization"]
         )
         self._stream = preprocessor if isinstance(preprocessor, StreamPreprocessor) else None
-        if tuple(input_details["shape"]) != preprocessor.shape_nhwc:
+        if tuple(input_details["shape"]) != preprocessor.tensor_shape:
             raise BundleError(
                 f"bundle {bundle.file.path}: input tensor",
-                expected=str(preprocessor.shape_nhwc),
+                expected=str(preprocessor.tensor_shape),
                 got=str(tuple(int(n) for n in input_details["shape"])),
                 mend="convert the model again",
             )
@@ -97,7 +105,7 @@ class Model:
         """The input tensor, as :attr:`preprocess` makes it -> the raw output, shape (classes,). A stream goes on.
 
         Raises:
-            BundleError: the runtime failed.
+            BundleError: the runtime failed. What the Python kernel of a custom operator raises comes as it is.
         """
         try:
             self._interpreter.set_tensor(self._input_index, tensor)
@@ -168,14 +176,11 @@ class Model:
         """Frees the interpreter's memory."""
         self._interpreter = None
 
-    def _failure(self, what: str, error: Exception) -> BundleError:
-        custom = [operator for operator in self.bundle.file.model.operators if operator.custom]
-        if custom and custom[0].name in str(error):
-            return BundleError(
-                f"bundle {self.bundle.file.path} needs the custom operator {custom[0].name} version "
-                f"{custom[0].version}, which {self.runtime} does not have",
-                mend="give a model made of built-in operators",
-            )
+    def _failure(self, what: str, error: Exception) -> BaseException:
+        if self._ops and (raised := self._ops.take_error()):
+            return raised
+        if self._ops and (missing := self._ops.unresolved(self.bundle.file.model, str(error))):
+            return BundleError(f"bundle {self.bundle.file.path} needs {missing}")
         return BundleError(
             f"bundle {self.bundle.file.path} {what} ({self.runtime}: {error})", mend="try `edgekit inspect` on it"
         )
@@ -205,6 +210,7 @@ def load(
     delegate: str = "auto",
     threads: int = 1,
     runtime: str | None = None,
+    ops: Ops = (),
 ) -> Model:
     """Loads an audio-tagging bundle, or any ``.tflite`` that classifies images.
 
@@ -214,9 +220,11 @@ def load(
         delegate: ``auto`` or ``cpu``.
         threads: threads of the CPU kernels.
         runtime: ``litert`` or ``tflite-runtime``; None takes LiteRT where it is installed, else tflite-runtime.
+        ops: kernels of custom operators beside EdgeKit's own: a :class:`edgekit.CustomOpResolver`, or the libraries
+            that ``edgekit ops build`` made.
 
     Raises:
         BundleError: the file is not whole, no classifier, or the runtime refuses it.
         RuntimeMissingError: no TFLite runtime is installed.
     """
-    return Model(bundles.read(path, labels), delegate=delegate, threads=threads, runtime=runtime)
+    return Model(bundles.read(path, labels), delegate=delegate, threads=threads, runtime=runtime, ops=ops)

@@ -19,6 +19,7 @@ import msgspec
 import edgekit
 from edgekit import runtimes
 from edgekit.bundle import Bundle, read
+from edgekit.custom_ops import Ops
 from edgekit.decode import NotFiniteError, Threshold, thresholds
 from edgekit.devices.frames import Frame, Source
 from edgekit.devices.interpreter import Model
@@ -239,13 +240,14 @@ def stream(
     max_fps: float | None = None,
     hop_s: float | None = None,
     loop: bool = False,
+    ops: Ops = (),
 ) -> Iterator[PredictionMessage]:
     """The predictions of ``bundle`` on ``source``, one by one, published nowhere. Otherwise as :func:`run`."""
     settings = Settings(default_device_id() if device_id is None else device_id, stream, threshold, top_k, max_fps)
     of_bundle = _read(bundle, labels, hop_s)
     with (
         _open(source, of_bundle, loop) as frames,
-        Model(of_bundle, delegate=delegate, threads=threads) as model,
+        Model(of_bundle, delegate=delegate, threads=threads, ops=ops) as model,
     ):
         yield from Pipeline(model, frames, settings)
 
@@ -265,6 +267,7 @@ def run(
     max_fps: float | None = None,
     hop_s: float | None = None,
     loop: bool = False,
+    ops: Ops = (),
     stop: threading.Event | None = None,
     on_start: Callable[[], None] | None = None,
     on_prediction: Callable[[PredictionMessage], None] | None = None,
@@ -287,6 +290,7 @@ def run(
         max_fps: take no more frames a second.
         hop_s: take a window of sound so often, instead of as the bundle says.
         loop: start a file source again at its end.
+        ops: kernels of custom operators beside EdgeKit's own, as :func:`edgekit.load` takes them.
         stop: ends the run when set.
         on_start: called when all is open, before the first frame.
         on_prediction: called with each prediction as well.
@@ -302,7 +306,7 @@ def run(
     of_bundle = _read(bundle, labels, hop_s)
     with ExitStack() as stack:
         frames = stack.enter_context(_open(source, of_bundle, loop, stop))
-        model = stack.enter_context(Model(of_bundle, delegate=delegate, threads=threads))
+        model = stack.enter_context(Model(of_bundle, delegate=delegate, threads=threads, ops=ops))
         pipeline = Pipeline(model, frames, settings)
         sinks = [on_prediction] if on_prediction else []
         if broker != "none":

@@ -17,6 +17,8 @@ from edgekit.errors import (
 
 if TYPE_CHECKING:
     from edgekit.converters.convert import convert
+    from edgekit.converters.custom_ops import custom_op
+    from edgekit.custom_ops import CustomOpResolver, kernel
     from edgekit.decode import Prediction
     from edgekit.devices.bench import bench
     from edgekit.devices.interpreter import load
@@ -30,6 +32,7 @@ __all__ = [
     "BrokerError",
     "BundleError",
     "ConversionError",
+    "CustomOpResolver",
     "EdgekitError",
     "Prediction",
     "RuntimeMissingError",
@@ -37,7 +40,9 @@ __all__ = [
     "Subscriber",
     "bench",
     "convert",
+    "custom_op",
     "inspect",
+    "kernel",
     "load",
     "run",
     "stream",
@@ -45,11 +50,14 @@ __all__ = [
 
 # Imported when first asked for: `import edgekit` loads neither TensorFlow, OpenCV nor a TFLite runtime.
 _LAZY = {
+    "CustomOpResolver": "edgekit.custom_ops",
     "Prediction": "edgekit.decode",
     "Subscriber": "edgekit.subscriber",
     "bench": "edgekit.devices.bench",
     "convert": "edgekit.converters.convert",
+    "custom_op": "edgekit.converters.custom_ops",
     "inspect": "edgekit.inspection",
+    "kernel": "edgekit.custom_ops",
     "load": "edgekit.devices.interpreter",
     "run": "edgekit.devices.pipeline",
     "stream": "edgekit.devices.pipeline",
@@ -66,7 +74,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(_LAZY[name]), name)
     except ModuleNotFoundError as error:
-        extra = "[convert]" if name == "convert" else ""
+        extra = "[convert]" if name in ("convert", "custom_op") else ""
         raise EdgekitError(
             f"edgekit.{name} needs the package {error.name}", mend=f"pip install 'edgekit{extra}'"
         ) from error

@@ -93,8 +93,7 @@ class LogMelFrontEnd:
             EdgekitError: there are no samples, or some are NaN or infinite, or of another shape or type.
         """
         sound = as_samples(samples)
-        if not len(sound):
-            raise EdgekitError("sound", expected="at least one sample", got="none", mend="leave out empty recordings")
+        _check_length(sound)
         levels = self._levels(np.pad(sound, (self._before, self._after), "reflect"))
         if self.front_end.range_db is not None:
             np.maximum(levels, levels.max() - np.float32(self.front_end.range_db), out=levels)
@@ -152,14 +151,7 @@ class LogMelFrontEnd:
         with np.errstate(invalid="ignore", over="ignore"):
             np.maximum(mel, np.float32(self.front_end.floor ** (1 / power)), out=mel)
             levels = np.multiply(np.log10(mel.T), np.float32(10 * power), order="C")
-        if not np.isfinite(levels).all():
-            raise EdgekitError(
-                "sound",
-                expected="finite samples in -1..1",
-                got="NaN, infinity or larger ones",
-                mend="check what made it",
-            )
-        return levels
+        return _check_finite(levels)
 
     def _mel_power(self, sound: Samples) -> Samples:
         """The power in each mel filter, (frames, num_mel_bins), of the frames that lie wholly within ``sound``."""
@@ -193,6 +185,32 @@ def as_samples(samples: npt.NDArray[Any]) -> Samples:
     if samples.dtype == np.int16:
         return samples.astype(np.float32) * np.float32(1 / 32_768)
     return samples.astype(np.float32, copy=False)
+
+
+def check_sound(sound: Samples) -> Samples:
+    """``sound``, for what would not be told of it by its log-mels.
+
+    Raises:
+        EdgekitError: there are no samples, or some are NaN or infinite.
+    """
+    _check_length(sound)
+    return _check_finite(sound)
+
+
+def _check_length(sound: Samples) -> None:
+    if not len(sound):
+        raise EdgekitError("sound", expected="at least one sample", got="none", mend="leave out empty recordings")
+
+
+def _check_finite(values: Samples) -> Samples:
+    if not np.isfinite(values).all():
+        raise EdgekitError(
+            "sound",
+            expected="finite samples in -1..1",
+            got="NaN, infinity or larger ones",
+            mend="check what made it",
+        )
+    return values
 
 
 class Resampler:

@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.audio import LogMelFrontEnd, Samples, as_samples
+from edgekit.audio import LogMelFrontEnd, Samples, as_samples, check_sound
 from edgekit.errors import EdgekitError
 from edgekit.manifest import AudioInput
 from edgekit.quantization import quantize
 
 
 class WindowPreprocessor:
-    """Turns windows of sound into input tensors of one type, (1, num_mel_bins, frames, 1).
+    """Turns windows of sound into input tensors of one type, (1, num_mel_bins, frames, 1), or where the graph itself
+    has the front end, (1, window_samples).
 
     Args:
         input: the window and its front end.
@@ -24,8 +25,8 @@ class WindowPreprocessor:
 
     def __init__(self, input: AudioInput, dtype: str = "float32", scale: float = 0.0, zero_point: int = 0) -> None:
         self.input = input
-        self.shape_nhwc = input.shape_nhwc
-        self._front_end = LogMelFrontEnd(input.front_end, input.sample_rate_hz)
+        self.tensor_shape = input.tensor_shape
+        self._front_end = None if input.front_end_in_graph else LogMelFrontEnd(input.front_end, input.sample_rate_hz)
         self._dtype, self._scale, self._zero_point = dtype, scale, zero_point
 
     def __call__(self, samples: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -36,15 +37,17 @@ class WindowPreprocessor:
         Raises:
             EdgekitError: there are no samples, or some are NaN or infinite, or of another shape or type.
         """
-        return self._tensor(self._front_end(fit(as_samples(samples), self.input.window_samples)))
+        sound = fit(as_samples(samples), self.input.window_samples)
+        return self._tensor(check_sound(sound) if self._front_end is None else self._front_end(sound))
 
-    def _tensor(self, levels: Samples) -> npt.NDArray[Any]:
-        tensor = quantize(levels, self._dtype, self._scale, self._zero_point) if self._scale else levels
-        return tensor.reshape(self.shape_nhwc)
+    def _tensor(self, real: Samples) -> npt.NDArray[Any]:
+        tensor = quantize(real, self._dtype, self._scale, self._zero_point) if self._scale else real
+        return tensor.reshape(self.tensor_shape)
 
 
 class StreamPreprocessor(WindowPreprocessor):
-    """Turns the hops of a stream, one after the other, into input tensors (1, num_mel_bins, frames of a hop, 1).
+    """Turns the hops of a stream, one after the other, into input tensors (1, num_mel_bins, frames of a hop, 1), or
+    where the graph itself has the front end, (1, hop_samples).
 
     Attributes:
         heard_samples: since the beginning or the last :meth:`reset`.
@@ -67,11 +70,14 @@ class StreamPreprocessor(WindowPreprocessor):
                 mend="give one hop at a time",
             )
         self.heard_samples += len(samples)
-        return self._tensor(self._front_end.push(samples))
+        return self._tensor(
+            check_sound(as_samples(samples)) if self._front_end is None else self._front_end.push(samples)
+        )
 
     def reset(self) -> None:
         self.heard_samples = 0
-        self._front_end.reset()
+        if self._front_end is not None:
+            self._front_end.reset()
 
 
 def fit(sound: Samples, window_samples: int) -> Samples:

@@ -225,6 +225,12 @@ def _thresholds(given: tuple[str, ...]) -> dict[str, float]:
 @click.option("--hop", "hop_s", type=float, metavar="SECONDS", help="Of sound: take a window so often.")
 @click.option("--loop", is_flag=True, help="Start a file source again at its end.")
 @click.option("--labels", metavar="FILE", help="A label file to use instead of the packed one.")
+@click.option(
+    "--ops",
+    multiple=True,
+    metavar="LIB",
+    help="Kernels of custom operators, of `edgekit ops build`; may be given again.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print each prediction on stdout too, one JSON object a line.")
 def run(bundle: str, source: str, as_json: bool, **options: Any) -> None:
     """Stream SOURCE through BUNDLE and publish what it sees or hears.
@@ -317,10 +323,16 @@ def _line(message: Message) -> str:
 
 @_command
 @click.argument("bundle")
+@click.option(
+    "--ops",
+    multiple=True,
+    metavar="LIB",
+    help="Kernels of custom operators, of `edgekit ops build`; may be given again.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
-def inspect(bundle: str, as_json: bool) -> None:
+def inspect(bundle: str, ops: tuple[str, ...], as_json: bool) -> None:
     """Show what is in BUNDLE, any .tflite: manifest, tensors, operators, and what each delegate would take."""
-    found = edgekit.inspect(bundle)
+    found = edgekit.inspect(bundle, ops=ops)
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False))
         return
@@ -346,6 +358,12 @@ def inspect(bundle: str, as_json: bool) -> None:
     help="Threads of the CPU kernels; may be given again.  [default: 1 and the number of cores]",
 )
 @click.option("--seconds", type=float, default=2.0, show_default=True, help="How long to measure each combination.")
+@click.option(
+    "--ops",
+    multiple=True,
+    metavar="LIB",
+    help="Kernels of custom operators, of `edgekit ops build`; may be given again.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def bench(bundles: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Measure BUNDLE on this machine: each runtime, delegate and number of threads, and each stage of the pipeline.
@@ -364,7 +382,40 @@ def bench(bundles: tuple[str, ...], as_json: bool, **options: Any) -> None:
         print_bench(measured)
 
 
-for _name, _item in (("convert", convert), ("run", run), ("listen", listen), ("inspect", inspect), ("bench", bench)):
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def ops() -> None:
+    """Custom operators of your own."""
+
+
+@_command
+@click.argument("source")
+@click.option("-o", "--output", metavar="OUT.so", help="The library to write.  [default: that of SOURCE]")
+@click.option("--json", "as_json", is_flag=True, help="Print the operators as JSON.")
+def ops_build(source: str, output: str | None, as_json: bool) -> None:
+    """Compile SOURCE, operators in C written with edgekit_op.h, into a library that --ops loads.
+
+    The compiler is cc, or that of the variable CC, with the options in CFLAGS.
+    """
+    from edgekit.custom_ops import build
+
+    library, versions = build(source, output)
+    if as_json:
+        click.echo(json.dumps({"library": str(library), "operators": versions}))
+    else:
+        listed = ", ".join(f"{name} version {version}" for name, version in versions.items())
+        click.echo(f"{library}: {listed or 'for another machine, not tried here'}")
+
+
+ops.add_command(ops_build, "build")
+
+for _name, _item in (
+    ("convert", convert),
+    ("run", run),
+    ("listen", listen),
+    ("inspect", inspect),
+    ("bench", bench),
+    ("ops", ops),
+):
     cli.add_command(_item, _name)
 
 
@@ -388,10 +439,10 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if context and context[0].obj:
             raise
-        line = (
-            str(error)
-            if isinstance(error, EdgekitError)
-            else f"unexpected {type(error).__name__}: {error}; please report it"
-        )
+        line = f"unexpected {type(error).__name__}: {error}; please report it"
+        if isinstance(error, EdgekitError):
+            line = str(error)
+        elif operator := getattr(error, "edgekit_operator", ""):
+            line = f"the kernel of the custom operator {operator} raised {type(error).__name__}: {error}; mend it"
         click.echo(f"edgekit: error: {' '.join(line.split())}", err=True)
         sys.exit(1)

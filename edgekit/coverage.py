@@ -56,14 +56,18 @@ def measured(delegate: str, model: Model, pieces: list[list[int]]) -> Coverage:
     """What ``delegate`` took of ``model`` when it was loaded: the positions of the operators in each piece, as
     :class:`edgekit.sandbox.Sandbox` finds them."""
     taken = {position for piece in pieces for position in piece}
-    left = Counter(operator.name for position, operator in enumerate(model.operators) if position not in taken)
+    left = Counter(
+        (operator.name, "a custom operator" if operator.custom else "not taken")
+        for position, operator in enumerate(model.operators)
+        if position not in taken
+    )
     return Coverage(
         delegate=delegate,
         measured=True,
         operators=len(model.operators),
         delegated=len(taken),
         pieces=len(pieces),
-        left=tuple(Left(operator=name, count=count, reason="not taken") for name, count in left.items()),
+        left=tuple(Left(operator=name, count=count, reason=reason) for (name, reason), count in left.items()),
     )
 
 

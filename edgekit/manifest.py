@@ -58,6 +58,9 @@ class LogMel(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="l
 class AudioInput(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="audio"):
     """How mono sound, samples in -1..1 at ``sample_rate_hz``, becomes the input tensor (1, num_mel_bins, frames, 1).
 
+    ``front_end_in_graph``: it does so in the graph, by the operator EdgekitLogMel, and the input tensor is the sound
+    itself, (1, samples).
+
     A prediction is about ``window_samples``, and there is none before so many were heard without a gap. The next one
     comes ``hop_samples`` later. ``streaming``: the model is given the frames of each hop once, and keeps what it needs
     of them in its states: input tensor i > 0 is what output tensor i gave in the call before, and zeros at first.
@@ -69,10 +72,18 @@ class AudioInput(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", ta
     hop_samples: Annotated[int, msgspec.Meta(ge=1)]
     streaming: bool = False
     front_end: LogMel
+    front_end_in_graph: bool = False
 
     @property
-    def shape_nhwc(self) -> tuple[int, int, int, int]:
+    def tensor_shape(self) -> tuple[int, ...]:
         """Of the input tensor, which holds the frames of a hop where ``streaming``, else those of the window."""
+        if self.front_end_in_graph:
+            return 1, self.hop_samples if self.streaming else self.window_samples
+        return self.log_mel_shape
+
+    @property
+    def log_mel_shape(self) -> tuple[int, int, int, int]:
+        """Of the log-mels: (1, num_mel_bins, frames, 1)."""
         frame_hop = self.front_end.frame_hop_samples
         frames = self.hop_samples // frame_hop if self.streaming else 1 + self.window_samples // frame_hop
         return 1, self.front_end.num_mel_bins, frames, 1

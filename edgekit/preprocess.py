@@ -70,7 +70,7 @@ class ImagePreprocessor:
         self.input = input
         self._size_wh = tuple(input.size_wh)
         self._interpolation = _INTERPOLATION[input.resize]
-        self.shape_nhwc = (1, input.size_wh[1], input.size_wh[0], input.channels)
+        self.tensor_shape = (1, input.size_wh[1], input.size_wh[0], input.channels)
         pixels = np.arange(256)[:, None]
         real = (pixels - np.asarray(input.mean)) / np.asarray(input.std)  # one column for all channels, or one for each
         table = (real if dtype == "float32" else quantize(real, dtype, scale or 1.0, zero_point)).astype(dtype)
@@ -113,10 +113,10 @@ class ImagePreprocessor:
                 small = cv2.cvtColor(small, cv2.COLOR_BGR2RGB)
         elif small.ndim == 3:
             small = cv2.cvtColor(small, cv2.COLOR_BGR2GRAY if channel_order == "bgr" else cv2.COLOR_RGB2GRAY)
-        return small.reshape(self.shape_nhwc[1:])  # type: ignore[no-any-return]
+        return small.reshape(self.tensor_shape[1:])  # type: ignore[no-any-return]
 
     def __call__(self, image: npt.NDArray[np.uint8], channel_order: ChannelOrder = "rgb") -> npt.NDArray[Any]:
         """``image`` -> the input tensor, shape (1, height, width, channels). Raises as :meth:`resize`."""
         small = self.resize(image, channel_order)
         tensor: npt.NDArray[Any] = cv2.LUT(small, self._table) if self._flip is None else small ^ self._flip
-        return tensor.view(self.dtype).reshape(self.shape_nhwc)
+        return tensor.view(self.dtype).reshape(self.tensor_shape)

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.errors import EdgekitError
+from edgekit import flatbuffer
+from edgekit.custom_ops import CustomOpResolver
+from edgekit.errors import BundleError, EdgekitError
 from edgekit.runtimes import RUNTIMES, Runtime
 
 logger = logging.getLogger(__name__)
@@ -43,10 +45,11 @@ class Sandbox:
         path: the ``.tflite``.
         delegate: ``cpu`` (XNNPACK), ``none``, ``gpu`` (LiteRT's GPU accelerator) or the path of a delegate library.
         threads: threads of the CPU kernels.
+        ops: files with kernels of custom operators beside EdgeKit's own, as :class:`CustomOpResolver` takes them.
 
     Attributes:
         pieces: the operators in each piece that a delegate (on the CPU: XNNPACK) took, by their position in the graph;
-            None where the runtime does not tell.
+            custom operators that have a kernel are in none. None where the runtime does not tell.
         peak_bytes: memory at its most beyond what the bare runtime had; known after :meth:`invoke`, 0 where the system
             does not tell.
 
@@ -54,7 +57,21 @@ class Sandbox:
         SandboxError: it does not load.
     """
 
-    def __init__(self, runtime: Runtime, path: str | os.PathLike[str], delegate: str = "cpu", threads: int = 1) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        path: str | os.PathLike[str],
+        delegate: str = "cpu",
+        threads: int = 1,
+        ops: Sequence[str | os.PathLike[str]] = (),
+    ) -> None:
+        self._resolver = CustomOpResolver(*ops)
+        self._model = _read(path)
+        resolved = (
+            {i for i, op in enumerate(self._model.operators) if op.custom and op.name in self._resolver.versions}
+            if self._model
+            else set()
+        )
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._child = subprocess.Popen(
             [
@@ -64,6 +81,7 @@ class Sandbox:
                 os.fspath(path),
                 delegate,
                 str(threads),
+                *([os.fspath(Path(__file__).parent), *map(os.fspath, self._resolver.paths)] if resolved else []),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -73,7 +91,9 @@ class Sandbox:
         self._unread = b""
         self.peak_bytes = 0
         try:
-            self.pieces: list[list[int]] | None = self._answer()["pieces"]
+            pieces = self._answer()["pieces"]
+            self.pieces: list[list[int]] | None
+            self.pieces = None if pieces is None else [piece for piece in pieces if not resolved.issuperset(piece)]
         except BaseException:
             self.close()
             raise
@@ -133,7 +153,9 @@ class Sandbox:
         answer = json.loads(line)
         if "error" in answer:
             log = self._read_log()
-            raise SandboxError("no GPU with a Vulkan driver" if "No adapters found" in log else answer["error"])
+            error = "no GPU with a Vulkan driver" if "No adapters found" in log else answer["error"]
+            missing = self._model and self._resolver.unresolved(self._model, error)
+            raise SandboxError(f"it needs {missing}" if missing else error)
         return answer
 
     def _ended(self) -> SandboxError:
@@ -158,6 +180,14 @@ class Sandbox:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _read(path: str | os.PathLike[str]) -> flatbuffer.Model | None:
+    """None for what is no model: the runtime tells better why."""
+    try:
+        return flatbuffer.Model(Path(path).read_bytes())
+    except (OSError, BundleError):
+        return None
 
 
 def alternate(

@@ -1,4 +1,5 @@
-"""A model in a TFLite runtime, driven by lines of JSON: ``sandboxed.py MODULE MODEL.tflite DELEGATE THREADS``.
+"""A model in a TFLite runtime, driven by lines of JSON: ``sandboxed.py MODULE MODEL.tflite DELEGATE THREADS``, and for
+one with custom operators EdgeKit's folder and files with kernels.
 
 The other side is :class:`edgekit.sandbox.Sandbox`. A process of its own, started by path: a runtime that crashes on the
 model is then a finding, and the Python that runs it needs that runtime and NumPy only, not EdgeKit.
@@ -12,6 +13,7 @@ import sys
 sys.path.pop(0)
 
 import importlib
+import importlib.util
 import json
 import os
 import time
@@ -41,16 +43,19 @@ def _memory(field: str) -> int:
 class _Interpreter:
     """On the CPU (XNNPACK), with the delegate in a shared library, or with none, and every tensor there to be read."""
 
-    def __init__(self, module: str, model: str, delegate: str, threads: int) -> None:
+    def __init__(self, module: str, model: str, delegate: str, threads: int, ops: tuple[str, ...]) -> None:
         runtime = importlib.import_module(module)
         self.baseline_bytes = _memory("VmRSS")
         options: dict[str, Any] = {}
+        delegates = [_custom_ops(*ops).delegate(runtime)] if ops else []
         if delegate == "none":  # XNNPACK keeps what lies inside its pieces to itself
             resolver = runtime.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
             options = {"experimental_op_resolver_type": resolver, "experimental_preserve_all_tensors": True}
         elif delegate != "cpu":
-            options = {"experimental_delegates": [runtime.load_delegate(delegate)]}
-        self._interpreter = runtime.Interpreter(model_path=model, num_threads=threads, **options)
+            delegates.append(runtime.load_delegate(delegate))
+        self._interpreter = runtime.Interpreter(
+            model_path=model, num_threads=threads, experimental_delegates=delegates, **options
+        )
         self._interpreter.allocate_tensors()
         self._inputs = self._interpreter.get_input_details()
         self._outputs = self._interpreter.get_output_details()
@@ -167,13 +172,26 @@ def _replay(model: Any, inputs: str, outputs: str, count: int | None, *tensor: i
     _answer(written=True)
 
 
-def main(module: str, path: str, delegate: str, threads: str) -> None:
+def _custom_ops(package: str, *paths: str) -> Any:
+    """A resolver of the EdgeKit in the folder ``package``, which this Python need not have installed."""
+    spec = importlib.util.spec_from_file_location(
+        "edgekit", Path(package, "__init__.py"), submodule_search_locations=[package]
+    )
+    assert spec and spec.loader
+    sys.modules["edgekit"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["edgekit"])
+    return importlib.import_module("edgekit.custom_ops").CustomOpResolver(*paths)
+
+
+def main(module: str, path: str, delegate: str, threads: str, *ops: str) -> None:
     global _answers
     # What libedgetpu and LiteRT print belongs with the other messages: standard output is for answers.
     _answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
-        model: Any = _Accelerated(path) if delegate == "gpu" else _Interpreter(module, path, delegate, int(threads))
+        model: Any = (
+            _Accelerated(path) if delegate == "gpu" else _Interpreter(module, path, delegate, int(threads), ops)
+        )
         model.set([_noise(*given) for given in model.inputs])
         _answer(pieces=model.pieces)
         for line in sys.stdin:

@@ -62,14 +62,17 @@ def check_audio_tagger(model: Model, input: AudioInput, path: Path) -> int:
             got=f"{len(model.inputs)} inputs and {len(model.outputs)} outputs",
             mend=mend,
         )
-    if tuple(model.inputs[0].shape) != input.shape_nhwc or model.inputs[0].dynamic:
+    if tuple(model.inputs[0].shape) != input.tensor_shape or model.inputs[0].dynamic:
+        what = "the samples" if input.front_end_in_graph else "the log-mel frames"
         raise BundleError(
             f"bundle {path}: input",
-            expected=f"the log-mel frames of its sound, {input.shape_nhwc}",
+            expected=f"{what} of its sound, {input.tensor_shape}",
             got=f"{tuple(model.inputs[0].shape)}{' (left open)' if model.inputs[0].dynamic else ''}",
             mend=mend,
         )
     _check_types(model, path, mend)
+    if input.front_end_in_graph and model.inputs[0].dtype != "float32":
+        raise BundleError(f"bundle {path}: input", expected="sound in float32", got=model.inputs[0].dtype, mend=mend)
     for number, (given, made) in enumerate(zip(model.inputs[1:], model.outputs[1:], strict=True), 1):
         if _kind(given) != _kind(made) or given.dynamic:
             raise BundleError(

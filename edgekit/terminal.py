@@ -63,7 +63,7 @@ def print_inspection(found: dict[str, Any]) -> None:
     operators = Table("operator", "version", "count", box=None)
     for operator in found["operators"]:
         operators.add_row(
-            operator["name"] + (" (custom)" if operator["custom"] else ""),
+            operator["name"] + (_kernel(operator["kernel"]) if operator["custom"] else ""),
             str(operator["version"]),
             str(operator["count"]),
         )
@@ -83,16 +83,21 @@ def print_inspection(found: dict[str, Any]) -> None:
     console.print(delegates)
 
 
+def _kernel(version: int | None) -> str:
+    return " (custom)" if version is None else f" (custom, kernel of version {version})"
+
+
 def _input(given: dict[str, Any]) -> str:
     if given["kind"] == "image":
         return "{size_wh[0]} x {size_wh[1]} x {channels}, {resize}, mean {mean}, std {std}".format(**given)
     window_s, hop_s = (given[key] / given["sample_rate_hz"] for key in ("window_samples", "hop_samples"))
     streaming = ", streaming" if given["streaming"] else ""
+    in_graph = ", in the graph" if given["front_end_in_graph"] else ""
     front_end = (
         "{kind} of {num_mel_bins} bands from {low_hz:g} to {high_hz:g} Hz, {fft_samples} samples every "
         "{frame_hop_samples}"
     ).format(**given["front_end"])
-    return f"{window_s:.2f} s every {hop_s:.2f} s at {given['sample_rate_hz']:,} Hz{streaming}; {front_end}"
+    return f"{window_s:.2f} s every {hop_s:.2f} s at {given['sample_rate_hz']:,} Hz{streaming}; {front_end}{in_graph}"
 
 
 def print_bench(measured: Any) -> None:

@@ -132,6 +132,19 @@ def sound_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def op_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what make_ops.py writes: graphs with custom operators. As ``models`` without TensorFlow."""
+    given = os.environ.get("EDGEKIT_TEST_MODELS")
+    folder = Path(given) if given else tmp_path_factory.mktemp("models")
+    if not (folder / "colour_op.tflite").exists():
+        pytest.importorskip("tensorflow", reason="needs TensorFlow, or models in EDGEKIT_TEST_MODELS")
+        folder.mkdir(parents=True, exist_ok=True)
+        script = Path(__file__).with_name("make_ops.py")
+        subprocess.run([sys.executable, script, folder], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A MobileNetV3-Small trained on handwritten digits, with its data: see examples/train_digits.py."""
     pytest.importorskip("tensorflow")

@@ -32,7 +32,7 @@ def reread(path: Path, **changes: Any) -> bundle.Bundle:
 def test_bundle_of_sound_is_read(sound_models: Path, name: str) -> None:
     read = reread(sound_models / f"{name}.tflite")
     assert isinstance(read.input, AudioInput) and read.labels == ("silence", "low", "high")
-    assert read.input.shape_nhwc == tuple(read.file.model.inputs[0].shape) and read.output.multi_label
+    assert read.input.tensor_shape == tuple(read.file.model.inputs[0].shape) and read.output.multi_label
 
 
 @pytest.mark.parametrize(
@@ -86,5 +86,5 @@ def test_quantized_tensor_is_near_the_float_one(sound_models: Path) -> None:
         assert isinstance(given, AudioInput)
         part = sound[: given.hop_samples] if given.streaming else sound
         real, quantized = kind(given)(part), kind(given, "int8", 0.5, 10)(part)
-        assert quantized.dtype == np.int8 and quantized.shape == real.shape == given.shape_nhwc
+        assert quantized.dtype == np.int8 and quantized.shape == real.shape == given.tensor_shape
         np.testing.assert_allclose((quantized.astype(float) - 10) * 0.5, np.clip(real, -69, 58.5), atol=0.2501)

@@ -62,10 +62,12 @@ struct LogMel {
   void *spectra, *rounds, *powers;
 };
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #define LANES 4
 #include "log_mel_frames.h"
 #if defined(__x86_64__) && EDGEKIT_LOG_MEL_LANES > 4
-#include <immintrin.h>
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else

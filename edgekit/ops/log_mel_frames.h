@@ -38,8 +38,12 @@ INLINE V NAME(four)(const float *const *frames, int row, int at) {
   return four;
 }
 INLINE V NAME(larger)(V a, V b) {
+#if defined(__x86_64__)
+  return (V)_mm_max_ps((__m128)a, (__m128)b);
+#else
   I take = a > b;
   return (V)(((I)a & take) | ((I)b & ~take));
+#endif
 }
 #endif
 
@@ -246,7 +250,9 @@ static bool NAME(levels)(const LogMel *op, const float *const *frames, int count
     check += sum * 0.0f;
     V level = NAME(log2)(NAME(larger)(sum, floor)) * op->scale;
     top = NAME(larger)(level, top);
-    memcpy(levels, &level, count == LANES ? sizeof level : sizeof *levels * (size_t)count);
+    if (count == LANES) memcpy(levels, &level, sizeof level);
+    else
+      for (int lane = 0; lane < count; lane++) levels[lane] = level[lane];
   }
   bool finite = true;
   for (int lane = 0; lane < LANES; lane++) {
