@@ -29,7 +29,7 @@ class Images:
     def __init__(self, input: ImageInput) -> None:
         self.input = input
         self._preprocess = ImagePreprocessor(input)
-        self.shape = self._preprocess.shape_nhwc[1:]
+        self.shape = self._preprocess.tensor_shape[1:]
 
     def files(self, folder: Path) -> list[Path]:
         return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
