@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from flatbuffers import flexbuffers
@@ -19,6 +20,7 @@ from edgekit.sandbox import Sandbox, SandboxError
 OPERATOR, VERSION = "EdgekitLogMel", 1
 # dB between the operator and the front end of calibration: single precision both, added up in another order.
 MAX_DIFFERENCE_DB = 1e-3
+_MEND = "leave out --edgekit-ops"
 
 
 def options(input: AudioInput) -> dict[str, Any]:
@@ -33,9 +35,14 @@ def options(input: AudioInput) -> dict[str, Any]:
     return values if front_end.range_db is None else values | {"range_db": float(front_end.range_db)}
 
 
+def in_graph(input: AudioInput) -> AudioInput:
+    """``input`` of the graph that :func:`attach` makes."""
+    return msgspec.structs.replace(input, front_end_in_graph=True)
+
+
 def attach(content: bytes, input: AudioInput) -> bytes:
-    """``content``, a flatbuffer whose first input are the log-mels of ``input``, with the operator before it. Of a
-    stream the operator's state comes before the others, on either side."""
+    """``content``, a flatbuffer that is given the log-mels of ``input``, with the operator before it: it is given the
+    sound. Of a stream the operator's state comes before the others, on either side."""
     model = rewrite.load(content)
     graph = rewrite.Graph(model)
     log_mel = int(graph.subgraph.inputs[0])
@@ -45,7 +52,7 @@ def attach(content: bytes, input: AudioInput) -> bytes:
         code = schema.BuiltinOperator.QUANTIZE
         quantize = graph.operator(code, 1, [levels], log_mel, schema.QuantizeOptionsT)
         graph.subgraph.operators.insert(0, quantize)
-    _insert(graph, input, levels)
+    _insert(graph, in_graph(input), levels)
     return rewrite.save(model)
 
 
@@ -61,23 +68,23 @@ def front_end(input: AudioInput) -> bytes:
     model.subgraphs = [subgraph]
     model.signatureDefs = []
     graph = rewrite.Graph(model)
-    _insert(graph, input, _tensor(graph, "log_mel", input.log_mel_shape))
+    _insert(graph, in_graph(input), _tensor(graph, "log_mel", input.log_mel_shape))
     return rewrite.save(model)
 
 
-def check(input: AudioInput, runtimes: dict[str, Runtime], folder: Path) -> float:
-    """Holds the operator against the front end that calibration uses, in each of ``runtimes``.
+def check(model_path: Path, input: AudioInput, runtimes: dict[str, Runtime]) -> float:
+    """Holds the operator against the front end of calibration, in each of ``runtimes``, and runs the graph there.
 
     Args:
-        folder: for temporary files.
+        model_path: of what :func:`attach` made; temporary files are written beside it.
 
     Returns:
         The largest difference, dB.
 
     Raises:
-        ConversionError: it computes something else, or does not run.
+        ConversionError: the operator computes something else, or it or the graph does not run.
     """
-    path, inputs, outputs = (folder / name for name in ("front_end.tflite", "sound.npy", "levels.npy"))
+    path, inputs, outputs = (model_path.with_name(name) for name in ("front_end.tflite", "sound.npy", "levels.npy"))
     path.write_bytes(front_end(input))
     sound = _sound(input)
     reference = LogMelFrontEnd(input.front_end, input.sample_rate_hz)
@@ -92,17 +99,17 @@ def check(input: AudioInput, runtimes: dict[str, Runtime], folder: Path) -> floa
         try:
             with Sandbox(runtime, path) as sandbox:
                 sandbox.replay(inputs, outputs)
+            with Sandbox(runtime, model_path) as sandbox:
+                sandbox.invoke(1)
         except SandboxError as error:
-            raise ConversionError(
-                f"{OPERATOR} does not run in {name} ({error})", mend="leave out --edgekit-ops"
-            ) from error
+            raise ConversionError(f"{OPERATOR} does not run in {name} ({error})", mend=_MEND) from error
         difference = float(np.abs(np.load(outputs).reshape(expected.shape) - expected).max())
         if not difference <= MAX_DIFFERENCE_DB:
             raise ConversionError(
                 f"{OPERATOR} in {name}",
                 expected=f"the levels of calibration within {MAX_DIFFERENCE_DB:g} dB",
                 got=f"{difference:.2g} dB off",
-                mend="leave out --edgekit-ops, and report it",
+                mend=_MEND,
             )
         largest = max(largest, difference)
     return largest

@@ -123,7 +123,7 @@ def sound_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what make_sound.py writes: window.tflite and stream.tflite. As ``models`` without TensorFlow."""
     given = os.environ.get("EDGEKIT_TEST_MODELS")
     folder = Path(given) if given else tmp_path_factory.mktemp("models")
-    if not (folder / "stream.tflite").exists():
+    if not (folder / "stream_in_graph.tflite").exists():
         pytest.importorskip("tensorflow", reason="needs TensorFlow, or models in EDGEKIT_TEST_MODELS")
         folder.mkdir(parents=True, exist_ok=True)
         script = Path(__file__).with_name("make_sound.py")

@@ -1,5 +1,6 @@
 """Writes two small bundles that name sound: window.tflite and, for streaming, stream.tflite. 0.5 s at 12 kHz, tagged
-``silence``, ``low`` (below 1 kHz) and ``high`` (above 2 kHz)."""
+``silence``, ``low`` (below 1 kHz) and ``high`` (above 2 kHz). window_in_graph.tflite and stream_in_graph.tflite are the
+same with the front end in the graph."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from edgekit import bundle
+from edgekit.converters import raw_sound
 from edgekit.manifest import AudioInput, LogMel, Manifest, Output
 
 LABELS = ("silence", "low", "high")
@@ -44,17 +46,23 @@ def convert(function: Any, *shapes: tuple[int, ...]) -> bytes:
 
 
 def write(path: Path, content: bytes, streaming: bool) -> None:
+    input = AudioInput(
+        sample_rate_hz=12_000,
+        window_samples=WINDOW_SAMPLES,
+        hop_samples=HOP_SAMPLES,
+        streaming=streaming,
+        front_end=FRONT_END,
+    )
+    pack(path, content, input)
+    pack(path.with_stem(f"{path.stem}_in_graph"), raw_sound.attach(content, input), raw_sound.in_graph(input))
+
+
+def pack(path: Path, content: bytes, input: AudioInput) -> None:
     manifest = Manifest(
         name=path.stem,
         version="1",
         task="audio-tagging",
-        input=AudioInput(
-            sample_rate_hz=12_000,
-            window_samples=WINDOW_SAMPLES,
-            hop_samples=HOP_SAMPLES,
-            streaming=streaming,
-            front_end=FRONT_END,
-        ),
+        input=input,
         output=Output(activation="sigmoid", multi_label=True),
         quantization="float32",
         sha256=hashlib.sha256(content).hexdigest(),

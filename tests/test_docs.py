@@ -27,6 +27,16 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)
 
 
+def files(page: str) -> dict[str, str]:
+    """The blocks that stand below the name of a file."""
+    return dict(re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M))
+
+
+def examples(page: str) -> list[str]:
+    """The blocks of Python that are to be run as they are."""
+    return [block for block in blocks(page, "python") if block not in files(page).values()]
+
+
 def commands(page: str) -> list[str]:
     text = "\n".join(blocks(page, "console")).replace("\\\n", " ")
     return [line[2:] for line in text.splitlines() if line.startswith("$ ")]
@@ -61,7 +71,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the checkout in ./edgekit, for the page on installing."""
     folder = tmp_path_factory.mktemp("install")
     (folder / "edgekit").mkdir()
-    for name in ("edgekit", "converters", "devices", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("edgekit", "converters", "devices", "setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / "edgekit" / name)
     return folder
@@ -72,6 +82,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     """``edgekit`` of this Python, and a stand-in for ``scp``: the device is not here."""
     for name, script in {
         "edgekit": f'exec {sys.executable} -m edgekit "$@"',
+        "python": f'exec {sys.executable} "$@"',
         "pip": f'exec {sys.executable} -m pip install --dry-run --no-deps "$2"',
         "scp": '[ -f "$1" ] && [ "${2%:}" != "$2" ]',
     }.items():
@@ -104,6 +115,8 @@ def test_commands_of_the_page_run(
     lines = commands(page)
     assert lines, page
     folder = checkout if page == "docs/install.md" else folder
+    for name, content in files(page).items():
+        (folder / name).write_text(content)
     for old, new in here.items():
         lines = [line.replace(old, new) for line in lines]
     uses_one = "digits.tflite" in lines[0] and not lines[0].startswith("edgekit convert")
@@ -139,16 +152,21 @@ def test_commands_of_the_page_run(
             assert output.count("pi-4/desk") == 360
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+@pytest.mark.parametrize("page", [page for page in PAGES if examples(page)])
 def test_python_of_the_page_runs(page: str, folder: Path, environment: dict[str, str], broker: Any) -> None:
     """Endless loops over a subscriber are ended after one message."""
     if not (folder / "digits.tflite").exists():
         subprocess.run(
             commands("README.md")[0], shell=True, cwd=folder, env=environment, check=True, capture_output=True
         )
+    if files(page) and not (folder / "mish.tflite").exists():
+        for name, content in files(page).items():
+            (folder / name).write_text(content)
+        for line in commands(page)[:2]:
+            subprocess.run(line, shell=True, cwd=folder, env=environment, check=True, capture_output=True)
     image = cv2.cvtColor(cv2.imread(str(next((folder / "validation" / "7").iterdir()))), cv2.COLOR_BGR2RGB)
     cv2.imwrite(str(folder / "image.png"), image)
-    for block in blocks(page, "python"):
+    for block in examples(page):
         code = "import cv2\nimage_rgb = cv2.imread('image.png')\n" + block.replace("mqtt://hub", broker.url)
         code = re.sub(r"(print\(message\.captured_at.*\))", r"\1; break", code)
         running = subprocess.Popen(
@@ -161,7 +179,7 @@ def test_python_of_the_page_runs(page: str, folder: Path, environment: dict[str,
         output, errors = running.communicate(timeout=120)
         assert running.returncode == 0, errors
         assert output
-        if "model.predict" in block:
+        if "digits.tflite" in block and "model.predict" in block:
             assert "label='7'" in output
 
 
