@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +24,11 @@ from edgekit.converters import report as reports
 from edgekit.converters.data import Dataset
 from edgekit.converters.targets import Choice
 from edgekit.converters.verify import Compared, UnfaithfulError, Verified
-from edgekit.converters.worker import SOUND, BatchNormAxis, Event, Head, Job, Result
+from edgekit.converters.worker import CHECKING, SOUND, BatchNormAxis, Event, Head, Job, Result
 from edgekit.coverage import Coverage
 from edgekit.errors import ConversionError
 from edgekit.flatbuffer import Model
-from edgekit.manifest import AudioInput, Manifest, Output
+from edgekit.manifest import AudioInput, CustomOp, Manifest, Output
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,8 @@ def convert(
     streaming: bool = False,
     exact: bool = False,
     hop: float | None = None,
+    ops: Sequence[str | os.PathLike[str]] = (),
+    edgekit_ops: bool = False,
     name: str | None = None,
     version: str = "1",
     progress: Progress = lambda *_: None,
@@ -108,6 +110,9 @@ def convert(
         exact: with ``streaming``: the scores are those of the padded window, for somewhat more work.
         hop: of a CRNN: seconds from one prediction to the next, half a window by default; a streaming bundle has its
             own.
+        ops: files of custom operators: ``.py`` with Keras layers, functions marked with :func:`edgekit.custom_op` and
+            kernels marked with :func:`edgekit.kernel`, or ``.so`` with kernels, as ``edgekit ops build`` makes them.
+        edgekit_ops: use EdgeKit's own operators: of images, for ``LayerNormalization`` over the last axis.
         name, version: the bundle's; the name of ``output`` and ``1`` by default.
         progress: called with a stage's name, how much of it is done, and of how much (0: unknown).
 
@@ -126,6 +131,7 @@ def convert(
         "--minimalistic": minimalistic or None,
         "--dropout": dropout,
         "--head": None if head == "classes" else head,
+        "--ops": ops or None,
         "--mean": mean,
         "--std": std,
     }
@@ -184,6 +190,8 @@ def convert(
         exact=exact,
         hop=hop,
         report=report is not None,
+        ops=tuple(os.fspath(path) for path in ops),
+        edgekit_ops=edgekit_ops,
     )
     choices = [Choice(quantize, "")] if quantize != "auto" else targets.choose(target, calibration is not None)
     if streaming and quantize == "auto":  # the states of a stream are float
@@ -216,6 +224,7 @@ def convert(
             quantization_reason=choice.reason,
             target=target or "",
             calibration=converted.result.calibration,
+            custom_ops=_custom_ops(converted.content),
             runtimes=converted.verified.runtimes,
             verification=converted.verified.verification,
             sha256=hashlib.sha256(converted.content).hexdigest(),
@@ -229,6 +238,11 @@ def convert(
         temporary.write_bytes(bundle.pack(converted.content, of_bundle, converted.result.labels))
         bundle.read(temporary)
     return of_bundle
+
+
+def _custom_ops(content: bytes) -> tuple[CustomOp, ...]:
+    custom = [CustomOp(name=of.name, version=of.version) for of in Model(content).operators if of.custom]
+    return tuple(dict.fromkeys(custom))
 
 
 def _check_kind(model: str, of_images: Mapping[str, object], of_sound: Mapping[str, object]) -> None:
@@ -303,7 +317,7 @@ def _convert(job: Job, name: str, version: str, max_drop: float | None, progress
         data=result.data,
         labels=labels,
     )
-    verified = verify.verify(path, kinds.of(result.input), output, compared, progress)
+    verified = verify.verify(path, kinds.of(result.input), output, compared, progress, result.ops)
     for runtime, check in verified.runtimes.items():
         if check.status in ("failed", "differs"):
             logger.warning("%s %s: %s", runtime, check.status, check.detail)
@@ -341,7 +355,7 @@ def _report(
 ) -> reports.Report:
     recipe, verified, result = converted.job.quantize, converted.verified, converted.result
     models = {"float32": converted.path.with_name("float32.tflite"), recipe: converted.path}
-    latency, coverage = measure.measure(models, verified.runtimes, progress)
+    latency, coverage = measure.measure(models, verified.runtimes, progress, result.ops)
     return reports.Report(
         manifest=of_bundle,
         data=result.data,
@@ -393,6 +407,8 @@ def _work(job: Job, progress: Progress) -> Result:
         logger.debug("%s\n%s", log.read()[-20_000:], event.traceback)
     if event.error:
         raise ConversionError(event.error)
+    if status and stage == CHECKING:
+        raise ConversionError(f"a kernel of a custom operator {sandbox.describe_exit(status)}", mend="mend it")
     if status or event.result is None:
         raise ConversionError(
             f"the TensorFlow converter {sandbox.describe_exit(status)} while {stage}", mend="try another --quantize"

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgekit.converters import rewrite
 from edgekit.converters.report import Layer
+from edgekit.custom_ops import CustomOpResolver
 from edgekit.flatbuffer import Model, Operator, Tensor
 from edgekit.quantization import dequantize, quantize
 
@@ -17,35 +19,41 @@ from edgekit.quantization import dequantize, quantize
 MAX_FRAMES = 32
 
 
-def compare(float32: bytes, quantized: bytes, tensors: Iterable[npt.NDArray[np.float32]]) -> tuple[Layer, ...]:
+def compare(
+    float32: bytes,
+    quantized: bytes,
+    tensors: Iterable[npt.NDArray[np.float32]],
+    resolver: CustomOpResolver | None = None,
+) -> tuple[Layer, ...]:
     """Runs both graphs on ``tensors`` and compares what they have in common, by the names of the tensors.
 
     Args:
         float32, quantized: flatbuffers that one converter made of one model, neither rewritten.
         tensors: float input tensors, each (1, ...).
+        resolver: has the kernels of custom operators.
 
     Returns:
         The layers, worst first.
     """
-    graphs = [(Model(content), _interpreter(content)) for content in (float32, quantized)]
+    graphs = [(Model(content), interpreter(content, resolver)) for content in (float32, quantized)]
     reference = graphs[0][0]
     makers = {reference.tensors[t].name: operator for operator in reference.operators for t in operator.outputs}
     indices = [_activations(graph) for graph, _ in graphs]
     common = [name for name in makers if name in indices[0] and name in indices[1]]
     signal, noise = dict.fromkeys(common, 0.0), dict.fromkeys(common, 0.0)
     for tensor in tensors:
-        for graph, interpreter in graphs:
+        for graph, running in graphs:
             given = graph.inputs[0]
             real = given.scale and given.dtype != "float32"
-            interpreter.set_tensor(
-                interpreter.get_input_details()[0]["index"],
+            running.set_tensor(
+                running.get_input_details()[0]["index"],
                 quantize(tensor, given.dtype, given.scale[0], given.zero_point[0]) if real else tensor,
             )
-            interpreter.invoke()
+            running.invoke()
         for name in common:
             x, q = (
-                _real(interpreter.get_tensor(index[name]), graph.tensors[index[name]])
-                for (graph, interpreter), index in zip(graphs, indices, strict=True)
+                _real(running.get_tensor(index[name]), graph.tensors[index[name]])
+                for (graph, running), index in zip(graphs, indices, strict=True)
             )
             if x.shape == q.shape:
                 signal[name] += float(np.square(x, dtype=np.float64).sum())
@@ -73,17 +81,26 @@ def _db(signal: float, noise: float) -> float:
     return 10 * math.log10(signal / noise) if noise else math.inf
 
 
-def _interpreter(content: bytes) -> Any:
-    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+def interpreter(content: bytes, resolver: CustomOpResolver | None = None) -> Any:
+    """A graph in LiteRT, ready to run, whose every tensor can be read, with the ``resolver``'s kernels."""
+    from ai_edge_litert import interpreter as litert
 
-    # XNNPACK keeps what lies inside its pieces to itself.
-    interpreter = Interpreter(
+    # A delegate keeps what lies inside its pieces to itself: XNNPACK, which is left out, and that of custom operators,
+    # whose results are made outputs.
+    custom = [tensor for operator in Model(content).operators if operator.custom for tensor in operator.outputs]
+    if custom:
+        model = rewrite.load(content)
+        outputs = list(map(int, model.subgraphs[0].outputs))
+        model.subgraphs[0].outputs = np.array(list(dict.fromkeys(outputs + custom)), np.int32)
+        content = rewrite.save(model)
+    found = litert.Interpreter(
         model_content=content,
-        experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+        experimental_op_resolver_type=litert.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
         experimental_preserve_all_tensors=True,
+        experimental_delegates=[resolver.delegate(litert)] if custom and resolver else None,
     )
-    interpreter.allocate_tensors()
-    return interpreter
+    found.allocate_tensors()
+    return found
 
 
 def _activations(model: Model) -> dict[str, int]:

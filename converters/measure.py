@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from itertools import product
 from pathlib import Path
@@ -22,10 +22,14 @@ SECONDS = 1.0
 
 
 def measure(
-    models: dict[str, Path], checks: dict[str, RuntimeCheck], progress: Callable[[str, int, int], None]
+    models: dict[str, Path],
+    checks: dict[str, RuntimeCheck],
+    progress: Callable[[str, int, int], None],
+    ops: Sequence[str] = (),
 ) -> tuple[tuple[Latency, ...], tuple[Coverage, ...]]:
     """Latency of the models, in turns within one run, in each runtime that runs the bundle, on one thread and on all
-    cores; and what XNNPACK took of the last of them in each runtime."""
+    cores; and what XNNPACK took of the last of them in each runtime. ``ops`` are files with kernels of custom
+    operators."""
     found = runtimes.find()
     working = [found[name] for name, check in checks.items() if check.status in ("ok", "differs")]
     counts = sorted({1, len(os.sched_getaffinity(0))})
@@ -35,7 +39,7 @@ def measure(
             runtime, threads, model = trial
             # The float model may be of newer operators than the bundle.
             with suppress(SandboxError):
-                sandboxes[trial] = stack.enter_context(Sandbox(runtime, models[model], threads=threads))
+                sandboxes[trial] = stack.enter_context(Sandbox(runtime, models[model], threads=threads, ops=ops))
         measured = alternate(list(sandboxes.values()), SECONDS, lambda *count: progress("measuring latency", *count))
     latency = []
     for (runtime, threads, model), times in zip(sandboxes, measured, strict=True):

@@ -291,7 +291,7 @@ def _load(name: str) -> Any:
         raise ConversionError(
             f"model {name} cannot be loaded ({type(error).__name__}: {first_words(error)})",
             expected="a whole classifier saved as .keras, .h5 or SavedModel",
-            mend="save it again, made of Keras's own layers",
+            mend="save it again, made of Keras's own layers, or give the .py with the others as --ops",
         ) from error
 
 

@@ -12,15 +12,26 @@ import tensorflow as tf
 Tensors = Iterable[npt.NDArray[np.float32]]
 
 
-def convert(model: Any, recipe: str, calibration: Callable[[], Tensors] | None) -> bytes:
+def convert(
+    model: Any,
+    recipe: str,
+    calibration: Callable[[], Tensors] | None,
+    registerer: Callable[[int], None] | None = None,
+) -> bytes:
     """Converts ``model``.
 
     Args:
         model: a Keras model whose every shape is known.
         recipe: a name in ``RECIPES``.
         calibration: gives the input tensors, each (1, ...); for the recipes in ``targets.CALIBRATED``.
+        registerer: adds the kernels of custom operators to TensorFlow's resolver at an address, for its calibrator.
+            Without one, custom operators are an error.
     """
-    return RECIPES[recipe](tf.lite.TFLiteConverter.from_keras_model(model), calibration)
+    converter = tf.lite.TFLiteConverter.from_keras_model(model)
+    if registerer:
+        converter.allow_custom_ops = True
+        converter.target_spec._experimental_custom_op_registerers = [registerer]
+    return RECIPES[recipe](converter, calibration)
 
 
 def _float32(converter: Any, _: Any) -> bytes:

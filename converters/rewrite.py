@@ -1,4 +1,4 @@
-"""Passes over a converted int8 flatbuffer: the same arithmetic in operators that XNNPACK takes.
+"""Passes over a converted flatbuffer: the same arithmetic in operators that XNNPACK takes, in fewer pieces.
 
 Each pass keeps the integers of the graph's own tensors, but for rounding. Where it leaves out a constant factor, the
 tensor's declared scale takes that up, and the factor travels down to the next weights, whose scale is divided by it:
@@ -47,10 +47,13 @@ class _Builder(flatbuffers.Builder):  # type: ignore[misc]
         return super().StartVector(element_bytes, count, 16 if element_bytes == 1 else alignment)
 
 
-def rewrite(content: bytes) -> bytes:
-    """``content`` after all passes; as it was where none finds anything to do."""
+def rewrite(content: bytes, recipe: str = "int8") -> bytes:
+    """``content`` after all passes for that recipe; as it was where none finds anything to do."""
+    passes = PASSES.get(recipe, ())
+    if not passes:
+        return content
     model = load(content)
-    return save(model) if sum([rewrite_pass(model) for rewrite_pass in PASSES]) else content
+    return save(model) if sum([rewrite_pass(model) for rewrite_pass in passes]) else content
 
 
 def join(first: bytes, second: bytes) -> bytes:
@@ -153,7 +156,70 @@ def fold_scalar_multiplication(model: Any) -> int:
     return folded
 
 
-PASSES: tuple[Callable[[Any], int], ...] = (split_hard_swish, fold_scalar_multiplication)
+def quantize_layer_norm(model: Any) -> int:
+    """DEQUANTIZE -> EdgekitLayerNorm -> QUANTIZE becomes the operator on 8-bit tensors, which computes the same.
+
+    TensorFlow's converter keeps custom operators in float.
+
+    Returns:
+        How many were rewritten.
+    """
+    graph = Graph(model)
+    rewritten = 0
+    for _, operator in list(graph.operators("CUSTOM")):
+        if model.operatorCodes[operator.opcodeIndex].customCode != b"EdgekitLayerNorm":
+            continue
+        x, y = int(operator.inputs[0]), int(operator.outputs[0])
+        before, after = graph.maker(x), graph.users(y)
+        if before is None or graph.name(before) != "DEQUANTIZE" or y in graph.outputs:
+            continue
+        if len(after) != 1 or graph.name(after[0]) != "QUANTIZE":
+            continue
+        given, made = int(before.inputs[0]), int(after[0].outputs[0])
+        if graph.tensor(given).type != _INT8 or graph.tensor(made).type != _INT8:
+            continue
+        operator.inputs = np.array([given, *operator.inputs[1:]], np.int32)
+        operator.outputs = np.array([made], np.int32)
+        graph.subgraph.operators.remove(after[0])
+        if not graph.users(x) and x not in graph.outputs:
+            graph.subgraph.operators.remove(before)
+        rewritten += 1
+    return rewritten
+
+
+def keep_constants_in_float(model: Any) -> int:
+    """A custom operator's float16 constants become float32 again.
+
+    XNNPACK would take their DEQUANTIZE, whose result leaves its piece, and the graph would fall into more of them.
+
+    Returns:
+        How many were rewritten.
+    """
+    graph = Graph(model)
+    rewritten = 0
+    for _, operator in list(graph.operators("CUSTOM")):
+        for position, tensor in enumerate(map(int, operator.inputs)):
+            maker = graph.maker(tensor)
+            if maker is None or graph.name(maker) != "DEQUANTIZE":
+                continue
+            given, made = graph.tensor(int(maker.inputs[0])), graph.tensor(tensor)
+            data = model.buffers[given.buffer].data
+            if data is None or given.type != schema.TensorType.FLOAT16:
+                continue
+            value = np.frombuffer(bytes(data), np.float16).astype(np.float32)
+            index = graph.add_tensor(made.name, made.shape, 1.0, 0, value)
+            graph.tensor(index).type, graph.tensor(index).quantization = made.type, None
+            operator.inputs = np.array([*operator.inputs[:position], index, *operator.inputs[position + 1 :]], np.int32)
+            if not graph.users(tensor):
+                graph.subgraph.operators.remove(maker)
+            rewritten += 1
+    return rewritten
+
+
+PASSES: dict[str, tuple[Callable[[Any], int], ...]] = {
+    "float16": (keep_constants_in_float,),
+    "int8": (split_hard_swish, fold_scalar_multiplication, quantize_layer_norm),
+}
 
 
 class Graph:
@@ -181,6 +247,10 @@ class Graph:
 
     def users(self, tensor: int) -> list[Any]:
         return [operator for operator in self.subgraph.operators if tensor in list(operator.inputs)]
+
+    def maker(self, tensor: int) -> Any:
+        """The operator that makes ``tensor``; None for an input and a constant."""
+        return next((operator for operator in self.subgraph.operators if tensor in list(operator.outputs)), None)
 
     def scalar(self, index: int) -> float | None:
         """The value of a quantized constant of one element."""

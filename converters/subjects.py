@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +13,18 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from edgekit.converters import crnn, models, recipes, rewrite, targets
+from edgekit.converters import crnn, custom_ops, layer_norm, models, recipes, rewrite, targets
 from edgekit.converters.clips import Clips
 from edgekit.converters.images import Images
 from edgekit.converters.kinds import Array, Kind, Tensors
+from edgekit.custom_ops import CustomOpResolver
 from edgekit.errors import ConversionError
 from edgekit.manifest import AudioInput, ImageInput
 
 if TYPE_CHECKING:
     from edgekit.converters.worker import Job
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int], None]
 
@@ -34,6 +39,8 @@ class Subject:
         calibrated: the recipes that look at them.
         features: items' float tensors -> what comes before the part that saturates; None where there is none.
         remade: the recipes whose graph has other layers than the float one, which cannot be held against each other.
+        check: items' float tensors -> holds the kernels of custom operators against their functions; None without any.
+        resolver: has these kernels.
     """
 
     kind: Kind
@@ -46,11 +53,13 @@ class Subject:
     calibrated: tuple[str, ...] = targets.CALIBRATED
     features: Callable[[Array], Array] | None = None
     remade: tuple[str, ...] = ()
+    check: Callable[[Tensors], None] | None = None
+    resolver: CustomOpResolver | None = None
     warnings: list[str] = field(default_factory=list)
 
 
-def open_images(job: Job) -> Subject:
-    """The image classifier that ``job`` names.
+def open_images(job: Job, resolver: CustomOpResolver) -> Subject:
+    """The image classifier that ``job`` names; ``resolver`` has the kernels of its custom operators.
 
     Raises:
         ConversionError: as :func:`edgekit.converters.models.open_model`.
@@ -84,13 +93,24 @@ def open_images(job: Job) -> Subject:
         )
     )
 
+    custom = job.edgekit_ops or custom_ops.marked()
+
     def convert(recipe: str, calibration: Array | None, progress: Progress) -> bytes:
         def tensors() -> Tensors:
             assert calibration is not None
             return _counted(kind.ranging(calibration), progress)
 
-        content = recipes.convert(classifier.static, recipe, tensors)
-        return rewrite.rewrite(content) if recipe == "int8" else content
+        if not custom:
+            return rewrite.rewrite(recipes.convert(classifier.static, recipe, tensors), recipe)
+        with layer_norm.as_operator(classifier.static) if job.edgekit_ops else nullcontext():
+            content = custom_ops.convert(classifier.static, recipe, tensors, resolver)
+        return rewrite.rewrite(content, recipe)
+
+    def check(tensors: Tensors) -> None:
+        content = convert("float32", None, lambda _: None)
+        if job.edgekit_ops and not custom_ops.having(content, layer_norm.OPERATOR):
+            logger.warning("--edgekit-ops changed nothing: the model has no LayerNormalization over its last axis")
+        custom_ops.check(content, tensors, resolver)
 
     dynamic = classifier.model.inputs[0].shape[0] is None
     return Subject(
@@ -101,6 +121,8 @@ def open_images(job: Job) -> Subject:
         batch=32 if dynamic else 1,
         predict=_function(classifier.model if dynamic else classifier.static),
         convert=convert,
+        check=check if custom else None,
+        resolver=resolver,
         warnings=warnings,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -82,15 +82,21 @@ class Verified:
 
 
 def verify(
-    model_path: Path, kind: Kind, output: Output, compared: Compared, progress: Callable[[str, int, int], None]
+    model_path: Path,
+    kind: Kind,
+    output: Output,
+    compared: Compared,
+    progress: Callable[[str, int, int], None],
+    ops: Sequence[str] = (),
 ) -> Verified:
-    """Runs ``compared`` through the model in each runtime, by the device's own preprocessing and decoding.
+    """Runs ``compared`` through the model in each runtime, by the device's own preprocessing and decoding. ``ops`` are
+    files with kernels of custom operators.
 
     Raises:
         ConversionError: the model runs in no runtime; or, an :class:`UnfaithfulError`, none gives the outputs of the
             Keras model.
     """
-    found, checks = _run(model_path, kind, output, compared.dataset, progress)
+    found, checks = _run(model_path, kind, output, compared.dataset, progress, ops)
     if not found:
         reasons = "; ".join(f"{name}: {check.detail}" for name, check in checks.items())
         raise ConversionError(
@@ -142,7 +148,7 @@ def verify(
         max_abs_difference=checks[preferred].max_abs_difference,
         copies=compared.copies,
         within_0_03=checks[preferred].within_0_03,
-        features_sqnr_db=None if compared.features is None else _features_sqnr_db(model_path, compared.features),
+        features_sqnr_db=None if compared.features is None else _features_sqnr_db(model_path, compared.features, ops),
         **_accuracy(of_bundle, ""),
         **_accuracy(of_keras, "_keras"),
     )
@@ -150,7 +156,12 @@ def verify(
 
 
 def _run(
-    model_path: Path, kind: Kind, output: Output, dataset: Dataset, progress: Callable[[str, int, int], None]
+    model_path: Path,
+    kind: Kind,
+    output: Output,
+    dataset: Dataset,
+    progress: Callable[[str, int, int], None],
+    ops: Sequence[str],
 ) -> tuple[dict[str, Scores], dict[str, RuntimeCheck]]:
     """Scores in each runtime that runs the model, by its name; and what became of it in each."""
     model = Model(model_path.read_bytes(), str(model_path))
@@ -176,7 +187,7 @@ def _run(
         told = partial(_tell, progress, f"checking in {name}", len(tensors))
         failure = ""
         try:
-            with Sandbox(runtime, model_path) as sandbox:
+            with Sandbox(runtime, model_path, ops=ops) as sandbox:
                 sandbox.replay(inputs, outputs, told)
             found[name] = scores(
                 np.load(outputs), output, *((made.scale[0], made.zero_point[0]) if made.scale else (0.0, 0))
@@ -187,7 +198,7 @@ def _run(
     return found, checks
 
 
-def _features_sqnr_db(model_path: Path, of_keras: npt.NDArray[np.float32]) -> float | None:
+def _features_sqnr_db(model_path: Path, of_keras: npt.NDArray[np.float32], ops: Sequence[str]) -> float | None:
     """Signal to noise ratio of what enters the part that saturates, dB; None where it cannot be read."""
     model = Model(model_path.read_bytes())
     index = fidelity.features(model)
@@ -196,7 +207,7 @@ def _features_sqnr_db(model_path: Path, of_keras: npt.NDArray[np.float32]) -> fl
     runtime = next(iter(runtimes.find().values()))
     outputs = model_path.parent / "features_found.npy"
     try:
-        with Sandbox(runtime, model_path, "none") as sandbox:
+        with Sandbox(runtime, model_path, "none", ops=ops) as sandbox:
             sandbox.replay(model_path.parent / INPUTS, outputs, count=len(of_keras), tensor=index)
     except SandboxError as error:
         logger.debug("%s without delegate %s", runtime.name, error)

@@ -22,6 +22,7 @@ import numpy as np
 from edgekit.converters import data
 from edgekit.converters.report import CalibrationSummary, Layer
 from edgekit.errors import EdgekitError
+from edgekit.flatbuffer import Model
 from edgekit.manifest import AudioInput, Calibration, ImageInput, VerifiedOn
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ Head = Literal["classes", "attention"]
 BatchNormAxis = Literal["time", "frequency"]
 # The model whose input is sound.
 SOUND = "crnn"
+# The stage in which kernels run that a user wrote.
+CHECKING = "checking the custom operators"
 
 
 class Job(msgspec.Struct, kw_only=True):
@@ -59,6 +62,8 @@ class Job(msgspec.Struct, kw_only=True):
     exact: bool
     hop: float | None
     report: bool
+    ops: tuple[str, ...]
+    edgekit_ops: bool
 
 
 class Result(msgspec.Struct, kw_only=True):
@@ -69,6 +74,7 @@ class Result(msgspec.Struct, kw_only=True):
     Attributes:
         labels: of the classes; empty where they have none.
         data: what the items are, but for the last of them, which are ``copies`` of the others.
+        ops: those of the job's that have kernels.
     """
 
     input: ImageInput | AudioInput
@@ -79,6 +85,7 @@ class Result(msgspec.Struct, kw_only=True):
     layers: tuple[Layer, ...]
     data: VerifiedOn
     copies: int
+    ops: tuple[str, ...]
     warnings: list[str]
 
 
@@ -122,10 +129,9 @@ def _unforeseen(error: Exception) -> str:
     """A line for an error of TensorFlow's."""
     foreign = re.findall(r"(?:TF Select|Custom) ops: ([\w, ]+)", str(error))
     if foreign:
-        return (
-            f"the model has operators that no TFLite runtime has: {', '.join(dict.fromkeys(foreign))}; "
-            "build it of layers that TFLite knows"
-        )
+        from edgekit.converters.custom_ops import unknown
+
+        return str(unknown(foreign))
     reason = " ".join(str(error).split())[:300]
     return (
         f"TensorFlow cannot convert the model ({type(error).__name__}: {reason}); "
@@ -136,11 +142,12 @@ def _unforeseen(error: Exception) -> str:
 def _convert(job: Job, tell: Any) -> Result:
     warnings = _collected_warnings()
     tell(Event(stage="loading TensorFlow"))
-    from edgekit.converters import fidelity, layers, subjects
+    from edgekit.converters import custom_ops, fidelity, layers, subjects
 
     tell(Event(stage="loading the model"))
     folder = Path(job.folder)
-    subject = subjects.open_sound(job) if job.model == SOUND else subjects.open_images(job)
+    resolver, ops = custom_ops.load(job.ops)  # they have layers of the model, too
+    subject = subjects.open_sound(job) if job.model == SOUND else subjects.open_images(job, resolver)
     kind = subject.kind
     warnings += subject.warnings
 
@@ -166,6 +173,11 @@ def _convert(job: Job, tell: Any) -> Result:
     if calibration and (doubt := kind.suspicion(calibration.x)):
         warnings.append(doubt)
 
+    compared = validation or calibration or data.Dataset(kind.noise(), None, "")
+    if subject.check:
+        tell(Event(stage=CHECKING))
+        subject.check(kind.inputs(compared.x[: custom_ops.MAX_ITEMS]))
+
     stage = f"quantizing to {job.quantize}"
     tell(Event(stage=stage))
     content = subject.convert(
@@ -174,9 +186,10 @@ def _convert(job: Job, tell: Any) -> Result:
         lambda done: tell(Event(stage=stage, done=done, total=len(calibration.x) if calibration else 0)),
     )
     Path(folder, "model.tflite").write_bytes(content)
+    if ops and not any(operator.custom for operator in Model(content).operators):
+        warnings.append(f"{ops[0]} is for nothing: the model has no custom operator; mark one with edgekit.custom_op")
 
     which: VerifiedOn = "validation" if validation else "calibration" if calibration else "noise"
-    compared = validation or calibration or data.Dataset(kind.noise(), None, "")
     copies = [] if which == "noise" else list(kind.copies(compared.x))
     if copies or which == "noise":
         count = len(compared.x) + len(copies)
@@ -197,7 +210,9 @@ def _convert(job: Job, tell: Any) -> Result:
         Path(folder, "float32.tflite").write_bytes(float32)
         tell(Event(stage="comparing the layers"))
         if job.quantize not in ("float32", *subject.remade):
-            of_layers = layers.compare(float32, content, itertools.islice(kind.inputs(compared.x), layers.MAX_FRAMES))
+            of_layers = layers.compare(
+                float32, content, itertools.islice(kind.inputs(compared.x), layers.MAX_FRAMES), subject.resolver
+            )
     return Result(
         input=kind.input,
         classes=subject.classes,
@@ -207,6 +222,7 @@ def _convert(job: Job, tell: Any) -> Result:
         layers=of_layers,
         data=which,
         copies=len(copies),
+        ops=ops,
         warnings=warnings,
     )
 

@@ -132,6 +132,15 @@ def cli() -> None:
 @click.option(
     "--hop", type=float, metavar="SECONDS", help="For crnn: from one prediction to the next.  [default: half a window]"
 )
+@click.option(
+    "--ops",
+    multiple=True,
+    metavar="FILE",
+    help="Custom operators: a .py with layers, marked functions and kernels, or a .so; may be given again.",
+)
+@click.option(
+    "--edgekit-ops", is_flag=True, help="Use EdgeKit's own operators: LayerNormalization, so that int8 keeps up."
+)
 @click.option("--name", help="The bundle's name.  [default: that of OUT]")
 @click.option("--version", default="1", show_default=True, help="The bundle's version.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
