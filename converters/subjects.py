@@ -94,6 +94,7 @@ def open_images(job: Job, resolver: CustomOpResolver) -> Subject:
     )
 
     custom = job.edgekit_ops or custom_ops.marked()
+    made: dict[str, bytes] = {}
 
     def convert(recipe: str, calibration: Array | None, progress: Progress) -> bytes:
         def tensors() -> Tensors:
@@ -102,9 +103,11 @@ def open_images(job: Job, resolver: CustomOpResolver) -> Subject:
 
         if not custom:
             return rewrite.rewrite(recipes.convert(classifier.static, recipe, tensors), recipe)
-        with layer_norm.as_operator(classifier.static) if job.edgekit_ops else nullcontext():
-            content = custom_ops.convert(classifier.static, recipe, tensors, resolver)
-        return rewrite.rewrite(content, recipe)
+        if recipe not in made:
+            with layer_norm.as_operator(classifier.static) if job.edgekit_ops else nullcontext():
+                content = custom_ops.convert(classifier.static, recipe, tensors, resolver)
+            made[recipe] = rewrite.rewrite(content, recipe)
+        return made[recipe]
 
     def check(tensors: Tensors) -> None:
         content = convert("float32", None, lambda _: None)
