@@ -18,8 +18,8 @@ from typing import Literal, get_args
 import msgspec
 import numpy as np
 
-from edgekit import bundle, sandbox
-from edgekit.converters import edgetpu, kinds, measure, metadata, metrics, targets, verify
+from edgekit import bundle, custom_ops, runtimes, sandbox
+from edgekit.converters import edgetpu, kinds, measure, metadata, metrics, raw_sound, targets, verify
 from edgekit.converters import report as reports
 from edgekit.converters.data import Dataset
 from edgekit.converters.targets import Choice
@@ -28,7 +28,7 @@ from edgekit.converters.worker import CHECKING, SOUND, BatchNormAxis, Event, Hea
 from edgekit.coverage import Coverage
 from edgekit.errors import ConversionError
 from edgekit.flatbuffer import Model
-from edgekit.manifest import AudioInput, CustomOp, Manifest, Output
+from edgekit.manifest import AudioInput, CustomOp, ImageInput, Manifest, Output
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,8 @@ def convert(
             own.
         ops: files of custom operators: ``.py`` with Keras layers, functions marked with :func:`edgekit.custom_op` and
             kernels marked with :func:`edgekit.kernel`, or ``.so`` with kernels, as ``edgekit ops build`` makes them.
-        edgekit_ops: use EdgeKit's own operators: of images, for ``LayerNormalization`` over the last axis.
+        edgekit_ops: use EdgeKit's own operators: of images, for ``LayerNormalization`` over the last axis; of sound,
+            for the front end, which is in the graph then, and the bundle takes sound itself.
         name, version: the bundle's; the name of ``output`` and ``1`` by default.
         progress: called with a stage's name, how much of it is done, and of how much (0: unknown).
 
@@ -166,6 +167,8 @@ def convert(
             got=f"{max_drop:g}" if validation else "no --validation",
             mend="give labelled data, and 0.02 for two points",
         )
+    if edgekit_ops and custom_ops.library_path() is None:
+        raise ConversionError("--edgekit-ops", mend=custom_ops.NOT_BUILT)
     labels_given = bundle.read_labels(labels, classes) if labels else ()
     job = Job(
         folder="",
@@ -298,11 +301,12 @@ def _convert(job: Job, name: str, version: str, max_drop: float | None, progress
     for warning in result.warnings:
         logger.warning("%s", warning)
     path = folder / "model.tflite"
-    labelled = bool(result.labels)
-    states = len(Model(path.read_bytes()).inputs) - 1
-    content = metadata.attach(
-        path.read_bytes(), result.input, name=name, version=version, labelled=labelled, states=states
-    )
+
+    def describe(plain: bytes, input: ImageInput | AudioInput) -> bytes:
+        states = len(Model(plain).inputs) - 1
+        return metadata.attach(plain, input, name=name, version=version, labelled=bool(result.labels), states=states)
+
+    content = describe(path.read_bytes(), result.input)
     path.write_bytes(content)
     output = _TAGS if isinstance(result.input, AudioInput) else bundle.guess_output(Model(content))
     truth = np.load(folder / "class_ids.npy") if (folder / "class_ids.npy").exists() else None
@@ -331,6 +335,17 @@ def _convert(job: Job, name: str, version: str, max_drop: float | None, progress
                 got=f"{keras:.2%} in Keras and {kept:.2%} in the bundle",
                 mend="try another --quantize, or more --calibration data like the validation data",
             )
+    if job.edgekit_ops and isinstance(result.input, AudioInput):
+        input = raw_sound.in_graph(result.input)
+        for model in filter(Path.exists, (path.with_name("float32.tflite"), path)):
+            model.write_bytes(raw_sound.attach(model.read_bytes(), result.input))
+        content = describe(path.read_bytes(), input)
+        path.write_bytes(content)
+        progress("checking the front end", 0, 0)
+        working = [name for name, check in verified.runtimes.items() if check.status in ("ok", "differs")]
+        found = runtimes.find()
+        raw_sound.check(path, result.input, {name: found[name] for name in working})
+        result = msgspec.structs.replace(result, input=input)
     return _Converted(path, content, job, result, labels, output, verified)
 
 

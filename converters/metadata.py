@@ -95,12 +95,14 @@ def _metadata(input: ImageInput | AudioInput, name: str, version: str, labelled:
         )
 
     def sound(input: AudioInput) -> int:
-        what = "of what is new of the sound" if input.streaming else f"of {input.window_samples} samples"
+        what = "what is new of the sound" if input.streaming else f"{input.window_samples} samples"
+        log_mel = f"Log-mel spectrogram in dB of {what}; {MANIFEST_NAME} has its parameters."
+        samples = f"Sound in -1..1: {what}."
         properties = table(2, u0=input.sample_rate_hz, u1=1)
         return table(
             7,
-            o0=string("log_mel"),
-            o1=string(f"Log-mel spectrogram in dB {what}; {MANIFEST_NAME} has its parameters."),
+            o0=string("sound" if input.front_end_in_graph else "log_mel"),
+            o1=string(samples if input.front_end_in_graph else log_mel),
             o3=table(3, b0=_AUDIO_PROPERTIES, o1=properties),
         )
 

@@ -139,7 +139,9 @@ def cli() -> None:
     help="Custom operators: a .py with layers, marked functions and kernels, or a .so; may be given again.",
 )
 @click.option(
-    "--edgekit-ops", is_flag=True, help="Use EdgeKit's own operators: LayerNormalization, so that int8 keeps up."
+    "--edgekit-ops",
+    is_flag=True,
+    help="Use EdgeKit's own operators: for LayerNormalization, and the front end of crnn, which is given sound then.",
 )
 @click.option("--name", help="The bundle's name.  [default: that of OUT]")
 @click.option("--version", default="1", show_default=True, help="The bundle's version.")

@@ -261,7 +261,7 @@ class CustomOpResolver:
             if operator.name == COMPILED:
                 return f"{needed}: it was compiled for the Edge TPU; give the model that it was made of"
             if library_path() is None:
-                return f"{needed}; {_NOT_BUILT}"
+                return f"{needed}; {NOT_BUILT}"
             return f"{needed}, and no kernel for it is known; give its library with --ops LIB.so, or ops= in Python"
         return ""
 
@@ -373,7 +373,7 @@ class _PythonKernel:
 # Registrations that TensorFlow's resolvers point to.
 _registered: list[Any] = []
 
-_NOT_BUILT = (
+NOT_BUILT = (
     f"EdgeKit's {LIBRARY_NAME} was not built when EdgeKit was installed here: install a C compiler "
     "(apt-get install gcc libc6-dev), and EdgeKit again"
 )
@@ -473,7 +473,7 @@ def _functions(path: Path) -> list[Any]:
 def _library() -> Path:
     path = library_path()
     if path is None:
-        raise EdgekitError("custom operators", mend=_NOT_BUILT)
+        raise EdgekitError("custom operators", mend=NOT_BUILT)
     return path
 
 

@@ -13,12 +13,17 @@ import numpy as np
 import pytest
 
 import edgekit
-from edgekit import bundle
+from edgekit import bundle, custom_ops, runtimes
 from edgekit.errors import ConversionError, EdgekitError
+from edgekit.manifest import AudioInput
 
 pytestmark = pytest.mark.host
 pytest.importorskip("tensorflow")
 soundfile = pytest.importorskip("soundfile")
+raw_sound = pytest.importorskip("edgekit.converters.raw_sound")
+needs_library = pytest.mark.skipif(
+    custom_ops.library_path() is None, reason="EdgeKit's library of operators is not built"
+)
 
 TAGS = ("low", "high", "both")
 RATE_HZ = 16_000
@@ -186,6 +191,51 @@ def test_stream_gives_what_it_should_after_its_window(
     assert checked.max_abs_difference < 1e-5 and checked.within_0_03 == 1
     model = bundle.read(tmp_path / "out.tflite").file.model
     assert len(model.inputs) == len(model.outputs) > 1
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "options",
+    [{"quantize": "int8-weights"}, {"quantize": "int8"}, {"quantize": "float16", "streaming": True}],
+    ids=["int8-weights", "int8", "stream"],
+)
+def test_front_end_in_the_graph_gives_what_it_gives_outside(
+    convert: Any, folder: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Of int8 too, whose input is quantized after the operator."""
+    if options.get("streaming"):
+        options = {**options, "weights": str(folder / "frequency.weights.h5")}
+    found = []
+    for name, own in (("outside", False), ("inside", True)):
+        of_bundle = convert(tmp_path / f"{name}.tflite", edgekit_ops=own, **options)
+        with edgekit.load(tmp_path / f"{name}.tflite") as model:
+            given = np.concatenate([sound(tag, 0) for tag in TAGS])[::2].astype(np.float32)
+            found.append({p.label: p.score for p in model.predict(np.tile(given, 4))})
+    assert found[0] == pytest.approx(found[1], abs=0.01) and len(found[0]) == 3
+    assert of_bundle.input.front_end_in_graph and not of_bundle.verification.max_abs_difference > 0.03
+    assert [(custom.name, custom.version) for custom in of_bundle.custom_ops] == [("EdgekitLogMel", 1)]
+    metadata = bundle.read_file(tmp_path / "inside.tflite").model.metadata["TFLITE_METADATA"]
+    assert b"Sound in -1..1" in metadata and b"Log-mel" not in metadata
+
+
+def test_own_operators_need_the_library(convert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(custom_ops, "FOLDER", tmp_path)
+    with pytest.raises(ConversionError, match=r"--edgekit-ops; EdgeKit's libedgekit_ops\.so was not built"):
+        convert(tmp_path / "out.tflite", edgekit_ops=True)
+
+
+@needs_library
+def test_front_end_that_computes_something_else_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sound_models: Path
+) -> None:
+    given = bundle.read(sound_models / "window.tflite").input
+    assert isinstance(given, AudioInput)
+    (tmp_path / "model.tflite").write_bytes((sound_models / "window_in_graph.tflite").read_bytes())
+    assert 0 < raw_sound.check(tmp_path / "model.tflite", given, runtimes.find()) < 1e-3
+    of = raw_sound.options(given)
+    monkeypatch.setattr(raw_sound, "options", lambda _: of | {"high_hz": 5990.0})
+    with pytest.raises(ConversionError, match=r"expected the levels of calibration within 0.001 dB, got .* dB off"):
+        raw_sound.check(tmp_path / "model.tflite", given, runtimes.find())
 
 
 def test_stream_of_int8_weights_is_chosen_where_int8_would_be(convert: Any, folder: Path, tmp_path: Path) -> None:
