@@ -257,7 +257,7 @@ def test_log_mel_is_that_of_the_front_end(
     library: ctypes.CDLL, make: Make, front_end: LogMel, make_sound: Callable[[int], np.ndarray]
 ) -> None:
     kernel = make(library, "EdgekitLogMel", **options_of(front_end))
-    for samples in (349_440, 20_000, 4097, 1000, 257, 256, 100, 7, 3, 2, 1):  # one kernel: it forgets what came before
+    for samples in (20_000, 4097, 1000, 257, 256, 100, 7, 3, 2, 1):  # one kernel: it forgets what came before
         check_log_mel(kernel, front_end, make_sound(samples))
 
 
@@ -322,13 +322,13 @@ def test_log_mel_takes_constants_that_are_not_aligned(library: ctypes.CDLL, make
     np.testing.assert_array_equal(kernel(shifted)[0], kernel(sound)[0])
 
 
-@pytest.mark.parametrize("hop_samples", [256, 512, 6144])
-@pytest.mark.parametrize(("fft_samples", "frame_hop_samples"), [(512, 256), (400, 256), (300, 256), (509, 256), (2, 1)])
+@pytest.mark.parametrize(
+    ("fft_samples", "frame_hop_samples", "hop_samples"),
+    [(512, 256, 512), (512, 256, 6144), (400, 256, 256), (509, 256, 256), (509, 256, 512), (300, 256, 6144), (2, 1, 7)],
+)
 def test_log_mel_of_a_stream_is_that_of_the_front_end(
-    library: ctypes.CDLL, make: Make, hop_samples: int, fft_samples: int, frame_hop_samples: int
+    library: ctypes.CDLL, make: Make, fft_samples: int, frame_hop_samples: int, hop_samples: int
 ) -> None:
-    if fft_samples == 512 and hop_samples == 256:
-        pytest.skip("no stream: see below")
     front_end = msgspec.structs.replace(STREAM, fft_samples=fft_samples, frame_hop_samples=frame_hop_samples)
     kernel, reference = make(library, "EdgekitLogMel", **options_of(front_end)), LogMelFrontEnd(front_end, RATE_HZ)
     for sound in (music(4 * hop_samples), quantized(4 * hop_samples)):

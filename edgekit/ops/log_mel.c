@@ -15,6 +15,7 @@
 
 #include "describe.h"
 #include "edgekit_op.h"
+#include "fourier.h"
 
 #define MEND "; convert the model again"
 
@@ -22,17 +23,6 @@
 #ifndef EDGEKIT_LOG_MEL_LANES
 #define EDGEKIT_LOG_MEL_LANES 16
 #endif
-/* Primes above it are not worth a pass of their own: its time grows with their square. */
-#define MAX_RADIX 61
-#define MAX_PASSES 17
-
-/* How a Fourier transform of so many complex numbers is done. */
-typedef struct Plan {
-  int size, passes, radix[MAX_PASSES];
-  float *turns[MAX_PASSES], *roots[MAX_PASSES]; /* (cos, sin) of each pass, and of an odd radix */
-  int32_t *places;
-} Plan;
-
 typedef struct Filter {
   int32_t first, count; /* of the bins in it */
 } Filter;
@@ -44,11 +34,7 @@ struct LogMel {
   bool slaney_scale, slaney_norm, limited;
   float floor, scale, range_db; /* the floor before it is taken to the power; dB of a factor of 2 */
   float *window;
-  int size;    /* of the transform: half as many for an even fft */
-  Plan plan;   /* has no passes where there is a chirp, */
-  float *chirp, *chirp_spectrum;
-  Plan round;  /* which is used with a transform of a power of two */
-  int32_t *places;
+  Fourier fourier; /* of half as many complex numbers where fft is even */
   float *split;
   Filter *filters;
   float *weights;
@@ -105,115 +91,6 @@ static void choose_instructions(LogMel *op) {
 
 /* ---- tables ---- */
 
-/* Aligned for vectors; NULL where memory is short. */
-static void *take(size_t count, size_t size) {
-  size_t bytes = count * size; /* both are bounded by the options: no overflow */
-  return aligned_alloc(64, (bytes + 64) / 64 * 64);
-}
-
-static void root_of_unity(double numerator, double denominator, float *to) {
-  double angle = -2 * acos(-1.0) * numerator / denominator;
-  to[0] = (float)cos(angle);
-  to[1] = (float)sin(angle);
-}
-
-/* The passes that a transform of `size` takes; false where a prime factor is too large. */
-static bool find_passes(Plan *plan, int size) {
-  static const int first[] = {4, 2};
-  *plan = (Plan){.size = size};
-  for (int i = 0; i < 2; i++)
-    for (; size % first[i] == 0; size /= first[i]) plan->radix[plan->passes++] = first[i];
-  for (int radix = 3; radix <= MAX_RADIX; radix += 2)
-    for (; size % radix == 0; size /= radix) plan->radix[plan->passes++] = radix;
-  return size == 1;
-}
-
-static bool make_plan(Plan *plan) {
-  plan->places = take((size_t)plan->size, sizeof *plan->places);
-  if (!plan->places) return false;
-  int length = plan->size;
-  for (int pass = 0; pass < plan->passes; pass++) {
-    int radix = plan->radix[pass], part = length / radix;
-    float *turn = plan->turns[pass] = take((size_t)part * (size_t)(radix - 1), 2 * sizeof *turn);
-    float *root = plan->roots[pass] = take((size_t)radix, 2 * sizeof *root);
-    if (!turn || !root) return false;
-    for (int k = 0; k < part; k++)
-      for (int m = 1; m < radix; m++, turn += 2) root_of_unity((double)m * k, length, turn);
-    for (int m = 0; m < radix; m++) root_of_unity(m, radix, root + 2 * m);
-    length = part;
-  }
-  for (int k = 0; k < plan->size; k++) {
-    int place = 0, rest = k, part = plan->size;
-    for (int pass = 0; pass < plan->passes; rest /= plan->radix[pass++])
-      place += rest % plan->radix[pass] * (part /= plan->radix[pass]);
-    plan->places[k] = place;
-  }
-  return true;
-}
-
-static void free_plan(Plan *plan) {
-  for (int pass = 0; pass < plan->passes; pass++) {
-    free(plan->turns[pass]);
-    free(plan->roots[pass]);
-  }
-  free(plan->places);
-}
-
-/* The spectrum of `size` complex numbers, a power of two, in place. */
-static void transform_double(double *z, int size) {
-  for (int length = size; length > 1; length /= 2)
-    for (int k = 0; k < length / 2; k++) {
-      double angle = -2 * acos(-1.0) * k / length, c = cos(angle), s = sin(angle);
-      for (int start = k; start < size; start += length) {
-        double *a = z + 2 * start, *b = a + length, re = a[0] - b[0], im = a[1] - b[1];
-        a[0] += b[0];
-        a[1] += b[1];
-        b[0] = re * c - im * s;
-        b[1] = re * s + im * c;
-      }
-    }
-  for (int i = 0, j = 0; i < size; i++) {
-    if (i < j)
-      for (int part = 0; part < 2; part++) {
-        double other = z[2 * i + part];
-        z[2 * i + part] = z[2 * j + part];
-        z[2 * j + part] = other;
-      }
-    int bit = size / 2;
-    for (; j & bit; bit /= 2) j &= ~bit;
-    j |= bit;
-  }
-}
-
-static bool make_chirp(LogMel *op) {
-  int size = 1;
-  while (size < 2 * op->size - 1) size *= 2;
-  if (!find_passes(&op->round, size) || !make_plan(&op->round)) return false;
-  op->chirp = take((size_t)op->size, 2 * sizeof *op->chirp);
-  op->chirp_spectrum = take((size_t)size, 2 * sizeof *op->chirp_spectrum);
-  op->places = take((size_t)op->size, sizeof *op->places);
-  op->rounds = take((size_t)size * 4, sizeof(float) * (size_t)op->lanes);
-  double *response = calloc((size_t)size, 2 * sizeof *response);
-  if (!op->chirp || !op->chirp_spectrum || !op->places || !op->rounds || !response) {
-    free(response);
-    return false;
-  }
-  for (int k = 0; k < op->size; k++) {
-    int64_t turn = (int64_t)k * k % (2 * (int64_t)op->size);
-    double angle = acos(-1.0) * (double)turn / op->size;
-    op->chirp[2 * k] = (float)cos(angle);
-    op->chirp[2 * k + 1] = (float)-sin(angle);
-    int back = k ? size - k : 0;
-    response[2 * k] = response[2 * back] = cos(angle) / size;
-    response[2 * k + 1] = response[2 * back + 1] = sin(angle) / size;
-    op->places[k] = k;
-  }
-  transform_double(response, size);
-  for (int i = 0; i < 2 * size; i++) op->chirp_spectrum[i] = (float)response[i];
-  free(response);
-  return true;
-}
-
 /* edgekit/mel.py says where the scales come from. */
 static double mel_of(const LogMel *op, double hertz) {
   if (!op->slaney_scale) return 2595 * log10(1 + hertz / 700);
@@ -260,35 +137,29 @@ static bool make_filters(LogMel *op) {
 
 static bool make_tables(LogMel *op) {
   choose_instructions(op);
-  size_t lanes = (size_t)op->lanes, fft = (size_t)op->fft, hop = (size_t)op->hop, vector = sizeof(float) * lanes;
   bool even = op->fft % 2 == 0;
-  op->size = even ? op->fft / 2 : op->fft;
+  if (!make_fourier(&op->fourier, even ? op->fft / 2 : op->fft)) return false;
+  size_t fft = (size_t)op->fft, step = (size_t)(op->hop < op->fft ? op->hop : op->fft), lanes = (size_t)op->lanes;
+  size_t vector = sizeof(float) * lanes;
   op->window = take(fft, sizeof *op->window);
   op->split = take(fft / 4 + 1, 2 * sizeof *op->split);
-  op->stretch = take(lanes * (hop < fft ? hop : fft) + fft, sizeof *op->stretch);
-  op->spectra = take((size_t)op->size * 2, vector);
+  op->stretch = take(lanes * step + fft, sizeof *op->stretch);
+  op->spectra = take((size_t)op->fourier.size * 2, vector);
+  op->rounds = take((size_t)op->fourier.round.size * 4, vector);
   op->powers = take(fft / 2 + 1, vector);
-  if (!op->window || !op->split || !op->stretch || !op->spectra || !op->powers || !make_filters(op)) return false;
-  /* As float32 the numpy front end has it. Halved, as two spectra are added to tell the even samples from the odd ones. */
-  for (int i = 0; i < op->fft; i++) op->window[i] = (float)(0.5 - 0.5 * cos(2 * acos(-1.0) * i / op->fft)) * (even ? 0.5f : 1);
+  if (!op->window || !op->split || !op->stretch || !op->spectra || !op->rounds || !op->powers) return false;
+  /* In float32, as the numpy front end has it. Halved, as two spectra are added to tell even samples from odd ones. */
+  for (int i = 0; i < op->fft; i++) op->window[i] = (float)(0.5 - 0.5 * cos(2 * PI * i / op->fft)) * (even ? 0.5f : 1);
   for (int k = 1; k <= op->fft / 4; k++) root_of_unity(k, op->fft, op->split + 2 * (k - 1));
-  if (!find_passes(&op->plan, op->size)) {
-    op->plan.passes = 0;
-    return make_chirp(op);
-  }
-  if (!make_plan(&op->plan)) return false;
-  op->places = op->plan.places;
-  return true;
+  return make_filters(op);
 }
 
 static void free_node(EdgekitNode *node) {
   LogMel *op = node->state;
   if (!op) return;
-  void *taken[] = {op->window, op->chirp, op->chirp_spectrum, op->split, op->filters, op->weights, op->stretch,
-                   op->spectra, op->rounds, op->powers, op->places == op->plan.places ? NULL : op->places};
+  void *taken[] = {op->window, op->split, op->filters, op->weights, op->stretch, op->spectra, op->rounds, op->powers};
   for (size_t i = 0; i < sizeof taken / sizeof *taken; i++) free(taken[i]);
-  free_plan(&op->plan);
-  free_plan(&op->round);
+  free_fourier(&op->fourier);
   free(op);
   node->state = NULL;
 }
@@ -453,7 +324,8 @@ static void find_frames(const LogMel *op, const Sound *sound, int64_t first, int
   } else if (op->hop < op->fft) {
     copy_samples(op, sound, from, (int)(past - from), op->stretch);
   } else {
-    for (int i = 0; i < count; i++) copy_samples(op, sound, from + (int64_t)i * op->hop, op->fft, op->stretch + (size_t)i * (size_t)step);
+    for (int i = 0; i < count; i++)
+      copy_samples(op, sound, from + (int64_t)i * op->hop, op->fft, op->stretch + (ptrdiff_t)i * step);
   }
   /* Lanes to spare take the last frame. */
   for (int lane = 0; lane < op->lanes; lane++) frames[lane] = start + (ptrdiff_t)(lane < count ? lane : count - 1) * step;

@@ -78,111 +78,159 @@ INLINE void NAME(turn)(V *to, V re, V im, const float *by) {
   to[1] = re * by[1] + im * by[0];
 }
 
-/* A pass of the transform, decimation in frequency: each `length` complex numbers become as many parts as the radix says.
- * The last pass has nothing to turn. */
-INLINE void NAME(quarters)(V *z, int size, int length, const float *turns, int last) {
-  int part = last ? 1 : length / 4;
-  for (int start = 0; start < size; start += 4 * part) {
-    V *a = z + 2 * start, *b = a + 2 * part, *c = b + 2 * part, *d = c + 2 * part;
-    const float *by = turns;
-    for (int k = 0; k < part; k++, a += 2, b += 2, c += 2, d += 2, by += 6) {
-      V sum_re = a[0] + c[0], sum_im = a[1] + c[1], less_re = a[0] - c[0], less_im = a[1] - c[1];
-      V other_re = b[0] + d[0], other_im = b[1] + d[1], turned_re = b[1] - d[1], turned_im = d[0] - b[0];
-      a[0] = sum_re + other_re;
-      a[1] = sum_im + other_im;
-      if (last) {
-        b[0] = less_re + turned_re;
-        b[1] = less_im + turned_im;
-        c[0] = sum_re - other_re;
-        c[1] = sum_im - other_im;
-        d[0] = less_re - turned_re;
-        d[1] = less_im - turned_im;
-      } else {
-        NAME(turn)(b, less_re + turned_re, less_im + turned_im, by);
-        NAME(turn)(c, sum_re - other_re, sum_im - other_im, by + 2);
-        NAME(turn)(d, less_re - turned_re, less_im - turned_im, by + 4);
-      }
-    }
+/* sum = a + b turned, less = a - b turned, each a complex number; six instructions where there is a fused one. */
+INLINE void NAME(cross)(V *sum, V *less, V a_re, V a_im, V b_re, V b_im, const float *by) {
+#if LANES == 4 && defined(__x86_64__)
+  V turned[2];
+  NAME(turn)(turned, b_re, b_im, by);
+  sum[0] = a_re + turned[0];
+  sum[1] = a_im + turned[1];
+  less[0] = a_re - turned[0];
+  less[1] = a_im - turned[1];
+#else
+  V sum_re = a_re + b_re * by[0] - b_im * by[1], sum_im = a_im + b_re * by[1] + b_im * by[0];
+  sum[0] = sum_re;
+  sum[1] = sum_im;
+  less[0] = 2 * a_re - sum_re;
+  less[1] = 2 * a_im - sum_im;
+#endif
+}
+
+/* Four parts of a spectrum, one after the other, of which each number k of the four is combined with the other three.
+ * The first of a pass, and so the whole first pass, has nothing to turn. */
+INLINE void NAME(fours)(V *a, int part) {
+  V *b = a + 2 * part, *c = b + 2 * part, *d = c + 2 * part;
+  for (int k = 0; k < part; k++, a += 2, b += 2, c += 2, d += 2) {
+    V sum_re = a[0] + c[0], sum_im = a[1] + c[1], less_re = a[0] - c[0], less_im = a[1] - c[1];
+    V other_re = b[0] + d[0], other_im = b[1] + d[1], turned_re = b[1] - d[1], turned_im = d[0] - b[0];
+    a[0] = sum_re + other_re;
+    a[1] = sum_im + other_im;
+    b[0] = less_re + turned_re;
+    b[1] = less_im + turned_im;
+    c[0] = sum_re - other_re;
+    c[1] = sum_im - other_im;
+    d[0] = less_re - turned_re;
+    d[1] = less_im - turned_im;
   }
 }
 
-INLINE void NAME(halves)(V *z, int size, int length, const float *turns) {
-  int part = length / 2;
-  for (int start = 0; start < size; start += length)
-    for (int k = 0; k < part; k++) {
-      V *a = z + 2 * (start + k), *b = a + 2 * part, re = a[0] - b[0], im = a[1] - b[1];
-      a[0] += b[0];
-      a[1] += b[1];
-      NAME(turn)(b, re, im, turns + 2 * k);
-    }
+INLINE void NAME(fours_turned)(V *a, int part, const float *by) {
+  V *b = a + 2 * part, *c = b + 2 * part, *d = c + 2 * part;
+  for (int k = 0; k < part; k++, a += 2, b += 2, c += 2, d += 2) {
+    V even[2], even_less[2], odd[2], odd_less[2];
+    NAME(cross)(even, even_less, a[0], a[1], c[0], c[1], by + 2);
+    NAME(cross)(odd, odd_less, b[0], b[1], d[0], d[1], by + 2);
+    NAME(cross)(a, c, even[0], even[1], odd[0], odd[1], by);
+    NAME(cross)(b, d, even_less[0], even_less[1], odd_less[1], -odd_less[0], by);
+  }
+}
+
+INLINE void NAME(twos)(V *a, int part, const float *by) {
+  V *b = a + 2 * part;
+  for (int k = 0; k < part; k++, a += 2, b += 2) NAME(cross)(a, b, a[0], a[1], b[0], b[1], by);
 }
 
 /* Of an odd radix, with the (cos, sin) of its roots of unity. */
-INLINE void NAME(odd_parts)(V *z, int size, int length, int radix, const float *turns, const float *roots) {
-  int part = length / radix, half = radix / 2;
+INLINE void NAME(odds)(V *first, int part, int radix, const float *by, const float *roots) {
+  int half = radix / 2;
   V sums[MAX_RADIX], less[MAX_RADIX];
-  for (int start = 0; start < size; start += length) {
-    const float *by = turns;
-    for (int k = 0; k < part; k++, by += 2 * (radix - 1)) {
-      V *first = z + 2 * (start + k), re = first[0], im = first[1], whole_re = re, whole_im = im;
-      for (int j = 0; j < half; j++) {
-        const V *a = first + 2 * part * (j + 1), *b = first + 2 * part * (radix - 1 - j);
-        whole_re += sums[2 * j] = a[0] + b[0];
-        whole_im += sums[2 * j + 1] = a[1] + b[1];
-        less[2 * j] = a[1] - b[1];
-        less[2 * j + 1] = b[0] - a[0];
+  for (int k = 0; k < part; k++, first += 2) {
+    V re = first[0], im = first[1], whole_re = re, whole_im = im;
+    for (int j = 1; j <= half; j++) {
+      const V *from = first + 2 * part * j, *mirrored = first + 2 * part * (radix - j);
+      V a[2], b[2];
+      NAME(turn)(a, from[0], from[1], by + 2 * (j - 1));
+      NAME(turn)(b, mirrored[0], mirrored[1], by + 2 * (radix - j - 1));
+      whole_re += sums[2 * j - 2] = a[0] + b[0];
+      whole_im += sums[2 * j - 1] = a[1] + b[1];
+      less[2 * j - 2] = b[1] - a[1];
+      less[2 * j - 1] = a[0] - b[0];
+    }
+    first[0] = whole_re;
+    first[1] = whole_im;
+    for (int m = 1; m <= half; m++) {
+      V even_re = re, even_im = im, odd_re = {0}, odd_im = {0};
+      for (int j = 0, at = m; j < half; j++, at = at + m < radix ? at + m : at + m - radix) {
+        even_re += sums[2 * j] * roots[2 * at];
+        even_im += sums[2 * j + 1] * roots[2 * at];
+        odd_re += less[2 * j] * roots[2 * at + 1];
+        odd_im += less[2 * j + 1] * roots[2 * at + 1];
       }
-      first[0] = whole_re;
-      first[1] = whole_im;
-      for (int m = 1; m <= half; m++) {
-        V even_re = re, even_im = im, odd_re = {0}, odd_im = {0};
-        for (int j = 0, at = m; j < half; j++, at = at + m < radix ? at + m : at + m - radix) {
-          even_re += sums[2 * j] * roots[2 * at];
-          even_im += sums[2 * j + 1] * roots[2 * at];
-          odd_re -= less[2 * j] * roots[2 * at + 1];
-          odd_im -= less[2 * j + 1] * roots[2 * at + 1];
-        }
-        NAME(turn)(first + 2 * part * m, even_re + odd_re, even_im + odd_im, by + 2 * (m - 1));
-        NAME(turn)(first + 2 * part * (radix - m), even_re - odd_re, even_im - odd_im, by + 2 * (radix - m - 1));
-      }
+      V *to = first + 2 * part * m, *mirrored = first + 2 * part * (radix - m);
+      to[0] = even_re + odd_re;
+      to[1] = even_im + odd_im;
+      mirrored[0] = even_re - odd_re;
+      mirrored[1] = even_im - odd_im;
     }
   }
 }
 
-/* In place; number k of the result is left at place plan->places[k]. */
+/* In place, decimation in time; number k of the result is left at place plan->places[k]. */
 static void NAME(transform)(const Plan *plan, V *z) {
-  int length = plan->size;
-  for (int pass = 0; pass < plan->passes; length /= plan->radix[pass++]) {
-    const float *turns = plan->turns[pass], *roots = plan->roots[pass];
-    switch (plan->radix[pass]) {
-      case 2: NAME(halves)(z, plan->size, length, turns); break;
-      case 3: NAME(odd_parts)(z, plan->size, length, 3, turns, roots); break;
-      case 4:
-        if (length > 4) NAME(quarters)(z, plan->size, length, turns, 0);
-        else NAME(quarters)(z, plan->size, length, turns, 1);
-        break;
-      case 5: NAME(odd_parts)(z, plan->size, length, 5, turns, roots); break;
-      default: NAME(odd_parts)(z, plan->size, length, plan->radix[pass], turns, roots);
+  V *end = z + 2 * plan->size;
+  for (int pass = 0, part = plan->size; pass < plan->passes; pass++) {
+    int radix = plan->radix[pass], whole = 2 * part;
+    const float *by = plan->turns[pass], *roots = plan->roots[pass];
+    part /= radix;
+    if (radix == 4) {
+      NAME(fours)(z, part);
+      if (part > 1) {
+        for (V *at = z + whole; at < end; at += whole) NAME(fours_turned)(at, part, by += 6);
+      } else {
+        for (V *at = z + 8; at < end; at += 8) NAME(fours_turned)(at, 1, by += 6);
+      }
+    } else if (radix == 2) {
+      for (V *at = z; at < end; at += whole, by += 2) NAME(twos)(at, part, by);
+    } else if (radix == 3) {
+      for (V *at = z; at < end; at += whole, by += 4) NAME(odds)(at, part, 3, by, roots);
+    } else if (radix == 5) {
+      for (V *at = z; at < end; at += whole, by += 8) NAME(odds)(at, part, 5, by, roots);
+    } else {
+      for (V *at = z; at < end; at += whole, by += 2 * (radix - 1)) NAME(odds)(at, part, radix, by, roots);
     }
   }
 }
 
 /* Of a size with a large prime factor: as a convolution (Bluestein 1970), through transforms of a power of two. */
-static void NAME(transform_any)(const LogMel *op, V *z) {
-  const Plan *plan = &op->round;
-  V *a = op->rounds, *b = a + 2 * plan->size;
-  for (int k = 0; k < op->size; k++) NAME(turn)(a + 2 * k, z[2 * k], z[2 * k + 1], op->chirp + 2 * k);
-  memset(a + 2 * op->size, 0, sizeof *a * 2 * (size_t)(plan->size - op->size));
+static void NAME(transform_any)(const Fourier *of, V *z, V *rounds) {
+  const Plan *plan = &of->round;
+  V *a = rounds, *b = a + 2 * plan->size;
+  for (int k = 0; k < of->size; k++) NAME(turn)(a + 2 * k, z[2 * k], z[2 * k + 1], of->chirp + 2 * k);
+  memset(a + 2 * of->size, 0, sizeof *a * 2 * (size_t)(plan->size - of->size));
   NAME(transform)(plan, a);
   for (int k = 0; k < plan->size; k++) {
     const V *from = a + 2 * plan->places[k];
-    NAME(turn)(b + 2 * k, from[0], from[1], op->chirp_spectrum + 2 * k);
+    NAME(turn)(b + 2 * k, from[0], from[1], of->chirp_spectrum + 2 * k);
     b[2 * k + 1] = -b[2 * k + 1];
   }
   NAME(transform)(plan, b);
-  for (int k = 0; k < op->size; k++) {
+  for (int k = 0; k < of->size; k++) {
     const V *from = b + 2 * plan->places[k];
-    NAME(turn)(z + 2 * k, from[0], -from[1], op->chirp + 2 * k);
+    NAME(turn)(z + 2 * k, from[0], -from[1], of->chirp + 2 * k);
+  }
+}
+
+/* |spectrum|^2 of the frames, 1 + fft / 2 vectors. */
+INLINE void NAME(powers)(const LogMel *op, const V *z, V *powers) {
+  const int32_t *places = op->fourier.plan.places, size = op->fourier.size;
+  if (op->fft % 2) {
+    for (int k = 0; k <= op->fft / 2; k++) {
+      const V *at = z + 2 * places[k];
+      powers[k] = at[0] * at[0] + at[1] * at[1];
+    }
+    return;
+  }
+  /* The even samples were transformed as real parts, the odd ones as imaginary parts, of half the window. */
+  V low = z[0] + z[1], high = z[0] - z[1];
+  powers[0] = 4 * low * low;
+  powers[size] = 4 * high * high;
+  const float *by = op->split;
+  for (int k = 1, last = size / 2; k <= last; k++, by += 2) {
+    const V *a = z + 2 * places[k], *b = z + 2 * places[size - k];
+    V sum[2], less[2];
+    NAME(cross)(sum, less, a[0] + b[0], a[1] - b[1], a[1] + b[1], b[0] - a[0], by);
+    powers[k] = sum[0] * sum[0] + sum[1] * sum[1];
+    powers[size - k] = less[0] * less[0] + less[1] * less[1];
   }
 }
 
@@ -202,31 +250,6 @@ INLINE V NAME(log2)(V x) {
   return p * y + __builtin_convertvector(exponent, V);
 }
 
-/* |spectrum|^2 of the frames, 1 + fft / 2 vectors. */
-INLINE void NAME(powers)(const LogMel *op, const V *z, V *powers) {
-  const int32_t *places = op->places;
-  if (op->fft % 2) {
-    for (int k = 0; k <= op->fft / 2; k++) {
-      const V *at = z + 2 * places[k];
-      powers[k] = at[0] * at[0] + at[1] * at[1];
-    }
-    return;
-  }
-  /* The even samples were transformed as real parts, the odd ones as imaginary parts. */
-  V low = z[0] + z[1], high = z[0] - z[1];
-  powers[0] = 4 * low * low; /* the window is halved */
-  powers[op->size] = 4 * high * high;
-  const float *by = op->split;
-  for (int k = 1, last = op->size / 2; k <= last; k++, by += 2) {
-    const V *a = z + 2 * places[k], *b = z + 2 * places[op->size - k];
-    V even_re = a[0] + b[0], even_im = a[1] - b[1], odd[2];
-    NAME(turn)(odd, a[1] + b[1], b[0] - a[0], by);
-    V re = even_re + odd[0], im = even_im + odd[1], other_re = even_re - odd[0], other_im = even_im - odd[1];
-    powers[k] = re * re + im * im;
-    powers[op->size - k] = other_re * other_re + other_im * other_im;
-  }
-}
-
 /* Levels of the frames that begin at frames[0..LANES - 1], of which the first `count` go to `levels`, a column each in
  * rows `row` apart. False where one is not finite. */
 static bool NAME(levels)(const LogMel *op, const float *const *frames, int count, float *levels, size_t row, float *highest) {
@@ -237,8 +260,8 @@ static bool NAME(levels)(const LogMel *op, const float *const *frames, int count
   } else {
     NAME(load)(frames, op->window, op->fft, z, 1);
   }
-  if (op->chirp) NAME(transform_any)(op, z);
-  else NAME(transform)(&op->plan, z);
+  if (op->fourier.chirp) NAME(transform_any)(&op->fourier, z, op->rounds);
+  else NAME(transform)(&op->fourier.plan, z);
   NAME(powers)(op, z, powers);
   /* Infinity and NaN times 0 are NaN. NaN among the samples is in every power, if not in every filter. */
   V check = powers[0] * 0.0f, floor = (V){0} + op->floor, top = (V){0} - FLT_MAX;
@@ -250,9 +273,11 @@ static bool NAME(levels)(const LogMel *op, const float *const *frames, int count
     check += sum * 0.0f;
     V level = NAME(log2)(NAME(larger)(sum, floor)) * op->scale;
     top = NAME(larger)(level, top);
-    if (count == LANES) memcpy(levels, &level, sizeof level);
-    else
+    if (count == LANES) {
+      memcpy(levels, &level, sizeof level);
+    } else {
       for (int lane = 0; lane < count; lane++) levels[lane] = level[lane];
+    }
   }
   bool finite = true;
   for (int lane = 0; lane < LANES; lane++) {
