@@ -1,7 +1,7 @@
 """The operators shipped, called as the delegate calls them but without an interpreter.
 
-EDGEKIT_TEST_KERNELS names a library built elsewhere, for a machine without a compiler:
-``cc -shared`` of ``HARNESS``, ``edgekit/ops/log_mel.c`` and ``edgekit/ops/layer_norm.c``.
+EDGEKIT_TEST_KERNELS names their library where the machine has no compiler. It is built on another one, where this file
+runs as a script: ``CC=aarch64-linux-gnu-gcc python tests/test_ops_kernels.py build/kernels.so``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -169,30 +170,34 @@ class Kernel:
 Make = Callable[..., Kernel]
 
 
-def build(folder: Path, *flags: str) -> ctypes.CDLL:
+def compile_kernels(output: Path, *flags: str) -> None:
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if not compiler:
+        pytest.skip("no C compiler")
+    harness = output.with_suffix(".c")
+    harness.write_text(HARNESS)
+    sources = [str(path) for path in (harness, OPS / "log_mel.c", OPS / "layer_norm.c")]
+    subprocess.run([*compiler.split(), *FLAGS, *flags, f"-I{OPS}", *sources, "-o", str(output), "-lm"], check=True)
+
+
+def load_kernels(folder: Path, *flags: str) -> ctypes.CDLL:
     if built := os.environ.get("EDGEKIT_TEST_KERNELS"):
         if flags:
             pytest.skip("the library was built elsewhere")
         return ctypes.CDLL(built)
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not compiler:
-        pytest.skip("no C compiler")
-    (folder / "harness.c").write_text(HARNESS)
-    sources = [str(folder / "harness.c"), str(OPS / "log_mel.c"), str(OPS / "layer_norm.c")]
-    command = [*compiler.split(), *FLAGS, *flags, f"-I{OPS}", *sources, "-o", str(folder / "kernels.so"), "-lm"]
-    subprocess.run(command, check=True)
+    compile_kernels(folder / "kernels.so", *flags)
     return ctypes.CDLL(str(folder / "kernels.so"))
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return build(tmp_path_factory.mktemp("kernels"))
+    return load_kernels(tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture(scope="module", params=[4, 8])
 def narrow_library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """What processors with fewer instructions run."""
-    return build(tmp_path_factory.mktemp("narrow"), f"-DEDGEKIT_LOG_MEL_LANES={request.param}")
+    return load_kernels(tmp_path_factory.mktemp("narrow"), f"-DEDGEKIT_LOG_MEL_LANES={request.param}")
 
 
 @pytest.fixture
@@ -557,3 +562,7 @@ def test_layer_norm_tensors_that_do_not_fit_are_an_error(
     kernel = make(library, "EdgekitLayerNorm", epsilon=1e-3)
     with pytest.raises(Refused, match=complaint):
         kernel(*inputs, outputs=tuple(outputs), scales=scales)
+
+
+if __name__ == "__main__":
+    compile_kernels(Path(sys.argv[1]))
