@@ -36,6 +36,7 @@ MAX_ITEMS = 4
 # As edgekit_op.h has it.
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _FUSABLE = "tfl_fusable_op"
+_VERSION = "version"
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def custom_op(
         def of_tensors(*tensors: Any) -> Any:
             return function(*tensors, **given)
 
-        implementing = tf.function(of_tensors, experimental_implements=_implements(name, held))
+        implementing = tf.function(of_tensors, experimental_implements=_implements(name, version, held))
 
         @functools.wraps(function)
         def operator(*tensors: Any) -> Any:
@@ -138,10 +139,12 @@ def _held(name: str, key: str, value: object) -> int | float | str:
     )
 
 
-def _implements(name: str, options: Sequence[tuple[str, Any]]) -> str:
+def _implements(name: str, version: int, options: Sequence[tuple[str, Any]]) -> str:
     """What a function says of itself, as ``experimental_implements`` takes it."""
     told = attr_value_pb2.NameAttrList(name=name)
     told.attr[_FUSABLE].b = True
+    if version > 1:  # the interpreter does not tell a delegate the version of an operator that it does not know
+        told.attr[_VERSION].i = version
     for key, value in options:
         if isinstance(value, str):
             told.attr[key].s = value.encode()
@@ -302,6 +305,7 @@ def _nodes(content: bytes) -> list[_Node]:
         if name is None:
             continue
         options = flexbuffers.Loads(bytes(operator.customOptions))
+        options.pop(_VERSION, None)
         by_options = _marked[name.decode()]
         marked = by_options.get(tuple(sorted(options.items())))
         if marked is None:  # a SavedModel, which brings its function along
