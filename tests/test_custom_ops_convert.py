@@ -46,7 +46,7 @@ class Mish(keras.layers.Layer):
     def call(self, x):
         return mish(x)
 """
-OPTIONS = {"beta": 1.5, "mode": "plain", "approximate": 1, "terms": 3}
+OPTIONS = {"beta": 1.5, "mode": "plain", "approximate": 1, "terms": 3, "version": 2}
 KERNEL_C = """
 #include <math.h>
 #include "edgekit_op.h"

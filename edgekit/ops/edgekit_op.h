@@ -65,7 +65,7 @@ struct EdgekitNode {
   size_t blob_bytes;
   void *state, *user;
   int32_t index;   /* of the node in the graph */
-  int32_t version; /* of the operator that the model asks for */
+  int32_t version; /* that the model asks for: its option "version", 1 without */
   /* Sets the shape of an output while preparing; one that is not set keeps the shape it has in the model. */
   int (*resize)(EdgekitNode *node, int output, int rank, const int32_t *dims);
   /* Says what is wrong, as printf; gives EDGEKIT_ERROR, to be returned. */
