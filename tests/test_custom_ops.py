@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -279,6 +281,39 @@ def test_run_takes_a_library(op_models: Path, sharpen: Path, frames: Path, edgek
     assert {"operator": "Sharpen", "count": 1, "reason": "a custom operator"} in found["delegates"][0]["left"]
     measured = edgekit_cli("bench", op_models / "colour_op.tflite", "--ops", sharpen, "--seconds", "0.2", "--json")
     assert any(row["latency_ms"] for row in json.loads(measured.stdout)["inference"]), measured.stderr
+
+
+@needs_library
+@pytest.mark.host
+def test_tensorflow_loads_the_same_library(op_models: Path) -> None:
+    lite = pytest.importorskip("tensorflow").lite
+    np.testing.assert_allclose(run(interpret(lite, op_models / "chain.tflite", squaring()), X)[0], X**8, rtol=1e-6)
+
+
+@needs_library
+def test_library_is_an_external_delegate_for_programs_in_c(sharpen: Path) -> None:
+    """As benchmark_model and TfLiteExternalDelegateCreate call it: options may have the same name."""
+    library = ctypes.CDLL(str(custom_ops.library_path()))
+    library.tflite_plugin_create_delegate.restype = ctypes.c_void_p
+    report = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+
+    def create(*options: tuple[str, str]) -> tuple[Any, bytes]:
+        keys, values = ((ctypes.c_char_p * len(options))(*map(str.encode, some)) for some in zip(*options, strict=True))
+        told: list[bytes] = []
+        count = ctypes.c_size_t(len(options))
+        return library.tflite_plugin_create_delegate(keys, values, count, report(told.append)), b"".join(told)
+
+    delegate, told = create(("ops", str(sharpen)), ("ops", str(sharpen)))
+    assert delegate and not told
+    library.tflite_plugin_destroy_delegate(ctypes.c_void_p(delegate))
+    for option, problem in (
+        (("ops", "/nowhere/mish.so"), rb"/nowhere/mish\.so: cannot open"),
+        (("ops", "libm.so.6"), rb"has no edgekit_library: name its operators in EDGEKIT_OPS"),
+        (("kernel", "none"), rb"kernel: expected an address, got none"),
+        (("threads", "2"), rb"option threads: expected ops or kernel"),
+    ):
+        delegate, told = create(option)
+        assert not delegate and re.search(problem, told), (option, told)
 
 
 @needs_library
