@@ -22,6 +22,7 @@ from flatbuffers import flexbuffers
 from tensorflow.core.framework import attr_value_pb2
 
 from edgekit.converters import layers, recipes, rewrite
+from edgekit.converters.registerer import registerer
 from edgekit.converters.weights import first_words
 from edgekit.custom_ops import CustomOpResolver
 from edgekit.errors import ConversionError, EdgekitError
@@ -197,7 +198,7 @@ def convert(model: Any, recipe: str, calibration: Callable[[], recipes.Tensors],
         ConversionError: an operator was not marked, or its kernel raises while TensorFlow calibrates.
     """
     try:
-        content = recipes.convert(model, recipe, calibration, resolver.registerer)
+        content = recipes.convert(model, recipe, calibration, registerer(resolver))
     except Exception as error:
         if (raised := resolver.take_error()) is None:
             raise
@@ -232,7 +233,8 @@ def check(content: bytes, tensors: Iterable[Array], resolver: CustomOpResolver) 
         ConversionError: an operator has no kernel, or one that fails or gives something else than the function.
     """
     model = Model(content)
-    if problem := resolver.unresolved(model, " ".join(operator.name for operator in model.operators)):
+    names = " ".join(operator.name for operator in model.operators)
+    if problem := resolver.outdated(model) or resolver.unresolved(model, names):
         raise ConversionError(f"the model needs {problem}")
     nodes = _nodes(content)
     if not nodes:

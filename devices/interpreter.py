@@ -53,6 +53,8 @@ class Model:
         self.runtime, module = runtimes.load(runtime)
         custom = any(operator.custom for operator in bundle.file.model.operators)
         self._ops = resolver(ops) if ops or custom else None
+        if self._ops and (problem := self._ops.outdated(bundle.file.model)):
+            raise BundleError(f"bundle {bundle.file.path} needs {problem}")
         delegates = [self._ops.delegate(module)] if self._ops and self._ops.wanted(bundle.file.model) else []
         try:
             # From memory, not by path: the file may be replaced or cut while the model runs.

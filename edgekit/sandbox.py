@@ -67,11 +67,10 @@ class Sandbox:
     ) -> None:
         self._resolver = CustomOpResolver(*ops)
         self._model = _read(path)
-        resolved = (
-            {i for i, op in enumerate(self._model.operators) if op.custom and op.name in self._resolver.versions}
-            if self._model
-            else set()
-        )
+        operators = self._model.operators if self._model else []
+        resolved = {i for i, op in enumerate(operators) if op.custom and op.name in self._resolver.versions}
+        if self._model and (problem := self._resolver.outdated(self._model)):
+            raise SandboxError(f"it needs {problem}")
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._child = subprocess.Popen(
             [

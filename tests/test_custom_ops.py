@@ -20,7 +20,7 @@ from edgekit import custom_ops, runtimes
 from edgekit.custom_ops import CustomOpResolver, build
 from edgekit.errors import BundleError, EdgekitError
 from edgekit.flatbuffer import Model
-from edgekit.sandbox import Sandbox
+from edgekit.sandbox import Sandbox, SandboxError
 
 OPTIONS = {"factor": 1.5, "count": -7, "flag": True, "mode": "abc", "big": 1 << 40}
 
@@ -87,6 +87,15 @@ def squaring(**more: Any) -> CustomOpResolver:
     return resolver
 
 
+def _kernels(folder: Path, version: int = 1) -> Path:
+    """A file that squares."""
+    path = folder / "kernels.py"
+    path.write_text(
+        f"import edgekit\n\n@edgekit.kernel('Square', version={version})\ndef square(x, **_):\n    return x * x\n"
+    )
+    return path
+
+
 X = np.linspace(0.5, 1.5, 128, dtype=np.float32).reshape(1, 4, 4, 8)
 
 
@@ -106,8 +115,7 @@ def test_custom_nodes_leave_the_rest_to_xnnpack_in_no_more_pieces(
 ) -> None:
     """Three nodes, of which two follow each other, leave three pieces of the one that XNNPACK has of built-in operators
     (none at all where it is not in the runtime)."""
-    kernels = tmp_path / "kernels.py"
-    kernels.write_text("import edgekit\n\n@edgekit.kernel('Square')\ndef square(x, **_):\n    return x * x\n")
+    kernels = _kernels(tmp_path)
     pieces = []
     for name in ("chain", "chain_built_in"):
         with Sandbox(next(iter(runtimes.find().values())), op_models / f"{name}.tflite", ops=[kernels]) as sandbox:
@@ -251,11 +259,15 @@ def test_operator_nobody_resolves_is_named_with_what_to_do(op_models: Path, edge
 
 
 @needs_library
-def test_operator_of_a_newer_version_is_told(op_models: Path, runtime: ModuleType) -> None:
+def test_operator_of_a_newer_version_is_told(op_models: Path, runtime: ModuleType, tmp_path: Path) -> None:
     model = Model((op_models / "newer.tflite").read_bytes())
-    line = squaring(version=3).unresolved(model, "Square")
+    line = squaring(version=3).outdated(model)
     assert "custom operator Square version 7, and its kernel is of version 3; get a newer one" in line
-    assert not squaring(version=7).unresolved(model, "Square")
+    assert not squaring(version=7).outdated(model)
+    resolver = squaring(version=7)
+    np.testing.assert_allclose(run(interpret(runtime, op_models / "newer.tflite", resolver), X)[0], X**8, rtol=1e-6)
+    with pytest.raises(SandboxError, match="its kernel is of version 3; get a newer one"):
+        Sandbox(next(iter(runtimes.find().values())), op_models / "newer.tflite", ops=[_kernels(tmp_path, version=3)])
 
 
 def test_library_that_was_not_built_is_told(op_models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
