@@ -373,7 +373,7 @@ class TestOpenSound:
             none = dict.fromkeys(("calibration", "validation", "mean", "std", "mels", "bn_axis", "hop"))
             job = Job(
                 folder="", model="crnn", weights="none", labels=(), quantize="float32", classes=3, frames=96,
-                streaming=False, exact=False, report=False, **image, **none,
+                streaming=False, exact=False, report=False, ops=(), edgekit_ops=False, **image, **none,
             )  # fmt: skip
             return subjects.open_sound(msgspec.structs.replace(job, **options))
 
