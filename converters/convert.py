@@ -232,6 +232,8 @@ def convert(
             verification=converted.verified.verification,
             sha256=hashlib.sha256(converted.content).hexdigest(),
         )
+        if target and of_bundle.custom_ops and (doubt := targets.caution_custom(target)):
+            logger.warning("%s", doubt)
         beside = output.with_name(f"{output.stem}_edgetpu.tflite")
         compiled = _compile(converted.path, beside, stack) if target == "coral" and choice.recipe == "int8" else None
         if beside.exists() and not compiled:

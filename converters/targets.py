@@ -102,6 +102,14 @@ def caution(target: str, recipe: str) -> str:
     return ""
 
 
+def caution_custom(target: str) -> str:
+    """What speaks against custom operators on ``target``; empty if nothing does."""
+    return {
+        "edge-tpu": f"the Edge TPU of {target} takes no custom operator, and nothing that comes after one",
+        "gpu": f"the GPU of {target} takes whole graphs of built-in operators only: its CPU will run this one",
+    }.get(find(target).accelerator, "")
+
+
 def find(target: str) -> Target:
     """The target of that name.
 

@@ -196,11 +196,11 @@ def test_stream_gives_what_it_should_after_its_window(
 @needs_library
 @pytest.mark.parametrize(
     "options",
-    [{"quantize": "int8-weights"}, {"quantize": "int8"}, {"quantize": "float16", "streaming": True}],
+    [{"quantize": "int8-weights"}, {"target": "coral"}, {"quantize": "float16", "streaming": True}],
     ids=["int8-weights", "int8", "stream"],
 )
 def test_front_end_in_the_graph_gives_what_it_gives_outside(
-    convert: Any, folder: Path, tmp_path: Path, options: dict[str, Any]
+    convert: Any, folder: Path, tmp_path: Path, options: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of int8 too, whose input is quantized after the operator."""
     if options.get("streaming"):
@@ -212,6 +212,7 @@ def test_front_end_in_the_graph_gives_what_it_gives_outside(
             given = np.concatenate([sound(tag, 0) for tag in TAGS])[::2].astype(np.float32)
             found.append({p.label: p.score for p in model.predict(np.tile(given, 4))})
     assert found[0] == pytest.approx(found[1], abs=0.01) and len(found[0]) == 3
+    assert ("takes no custom operator" in caplog.text) == ("target" in options)
     assert of_bundle.input.front_end_in_graph and not of_bundle.verification.max_abs_difference > 0.03
     assert [(custom.name, custom.version) for custom in of_bundle.custom_ops] == [("EdgekitLogMel", 1)]
     metadata = bundle.read_file(tmp_path / "inside.tflite").model.metadata["TFLITE_METADATA"]

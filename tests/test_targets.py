@@ -53,3 +53,9 @@ def test_caution_speaks_of_recipes_that_do_not_suit(target: str, recipe: str, wo
 def test_unknown_target_is_refused_with_those_there_are() -> None:
     with pytest.raises(ConversionError, match=r"target 'pi'.*raspberry-pi-4"):
         targets.find("pi")
+
+
+def test_accelerators_take_no_custom_operators() -> None:
+    assert "nothing that comes after one" in targets.caution_custom("coral")
+    assert "its CPU will run this one" in targets.caution_custom("jetson-orin")
+    assert not targets.caution_custom("raspberry-pi-5")
