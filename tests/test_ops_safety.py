@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from edgekit.custom_ops import FOLDER
 from edgekit.manifest import AudioInput, LogMel
 
 pytestmark = [
@@ -48,7 +47,7 @@ def fuzz(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-O1",
         "-fsanitize=address,undefined",
         "-fno-sanitize-recover=all",
-        f"-I{FOLDER}",
+        f"-I{SOURCES}",
     ]
     sources = [Path(__file__).with_name("fuzz_ops.c"), *sorted(SOURCES.glob("*.c"))]
     subprocess.run([*command, *sources, "-o", program, "-lm", "-ldl"], check=True)
