@@ -118,30 +118,27 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def sound_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what make_sound.py writes: window.tflite and stream.tflite. As ``models`` without TensorFlow."""
+def _written(factory: pytest.TempPathFactory, script: str, last: str) -> Path:
+    """The folder with what a script beside this file writes, ``last`` at the end. As ``models`` without TensorFlow."""
     given = os.environ.get("EDGEKIT_TEST_MODELS")
-    folder = Path(given) if given else tmp_path_factory.mktemp("models")
-    if not (folder / "stream_in_graph.tflite").exists():
+    folder = Path(given) if given else factory.mktemp("models")
+    if not (folder / last).exists():
         pytest.importorskip("tensorflow", reason="needs TensorFlow, or models in EDGEKIT_TEST_MODELS")
         folder.mkdir(parents=True, exist_ok=True)
-        script = Path(__file__).with_name("make_sound.py")
-        subprocess.run([sys.executable, script, folder], check=True, capture_output=True)
+        subprocess.run([sys.executable, Path(__file__).with_name(script), folder], check=True, capture_output=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sound_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small bundles of sound: see make_sound.py."""
+    return _written(tmp_path_factory, "make_sound.py", "stream_in_graph.tflite")
 
 
 @pytest.fixture(scope="session")
 def op_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what make_ops.py writes: graphs with custom operators. As ``models`` without TensorFlow."""
-    given = os.environ.get("EDGEKIT_TEST_MODELS")
-    folder = Path(given) if given else tmp_path_factory.mktemp("models")
-    if not (folder / "colour_op.tflite").exists():
-        pytest.importorskip("tensorflow", reason="needs TensorFlow, or models in EDGEKIT_TEST_MODELS")
-        folder.mkdir(parents=True, exist_ok=True)
-        script = Path(__file__).with_name("make_ops.py")
-        subprocess.run([sys.executable, script, folder], check=True, capture_output=True)
-    return folder
+    """Graphs with custom operators: see make_ops.py."""
+    return _written(tmp_path_factory, "make_ops.py", "colour_op.tflite")
 
 
 @pytest.fixture(scope="session")
