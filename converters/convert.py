@@ -167,7 +167,7 @@ def convert(
             got=f"{max_drop:g}" if validation else "no --validation",
             mend="give labelled data, and 0.02 for two points",
         )
-    if edgekit_ops and custom_ops.library_path() is None:
+    if edgekit_ops and custom_ops.find_library() is None:
         raise ConversionError("--edgekit-ops", mend=custom_ops.NOT_BUILT)
     labels_given = bundle.read_labels(labels, classes) if labels else ()
     job = Job(

@@ -48,7 +48,7 @@ def attach(content: bytes, input: AudioInput) -> bytes:
     log_mel = int(graph.subgraph.inputs[0])
     levels = log_mel
     if graph.tensor(log_mel).type != schema.TensorType.FLOAT32:
-        levels = _tensor(graph, "log_mel_float", input.log_mel_shape)
+        levels = graph.add_tensor("log_mel_float", input.log_mel_shape)
         code = schema.BuiltinOperator.QUANTIZE
         quantize = graph.operator(code, 1, [levels], log_mel, schema.QuantizeOptionsT)
         graph.subgraph.operators.insert(0, quantize)
@@ -68,7 +68,7 @@ def front_end(input: AudioInput) -> bytes:
     model.subgraphs = [subgraph]
     model.signatureDefs = []
     graph = rewrite.Graph(model)
-    _insert(graph, in_graph(input), _tensor(graph, "log_mel", input.log_mel_shape))
+    _insert(graph, in_graph(input), graph.add_tensor("log_mel", input.log_mel_shape))
     return rewrite.save(model)
 
 
@@ -134,11 +134,11 @@ def _insert(graph: Any, input: AudioInput, levels: int) -> None:
     operator = schema.OperatorT()
     operator.opcodeIndex = len(model.operatorCodes) - 1
     operator.customOptions = np.frombuffer(bytes(flexbuffers.Dumps(options(input))), np.uint8)
-    given, made = [("sound", _tensor(graph, "sound", input.tensor_shape))], []
+    given, made = [("sound", graph.add_tensor("sound", input.tensor_shape))], []
     if input.streaming:
         shape = (1, 1 + input.front_end.fft_samples // 2)
-        given.append(("state_sound", _tensor(graph, "state_sound", shape)))
-        made.append(("new_state_sound", _tensor(graph, "new_state_sound", shape)))
+        given.append(("state_sound", graph.add_tensor("state_sound", shape)))
+        made.append(("new_state_sound", graph.add_tensor("new_state_sound", shape)))
     operator.inputs = np.array([index for _, index in given], np.int32)
     operator.outputs = np.array([levels, *(index for _, index in made)], np.int32)
     subgraph.operators.insert(0, operator)
@@ -156,11 +156,3 @@ def _entry(named: tuple[str, int]) -> Any:
     entry = schema.TensorMapT()
     entry.name, entry.tensorIndex = named
     return entry
-
-
-def _tensor(graph: Any, name: str, shape: tuple[int, ...]) -> int:
-    tensor = schema.TensorT()
-    tensor.name, tensor.shape, tensor.type, tensor.hasRank = name, np.array(shape, np.int32), 0, True
-    tensor.buffer = 0
-    graph.subgraph.tensors.append(tensor)
-    return len(graph.subgraph.tensors) - 1

@@ -207,8 +207,7 @@ def keep_constants_in_float(model: Any) -> int:
             if data is None or given.type != schema.TensorType.FLOAT16:
                 continue
             value = np.frombuffer(bytes(data), np.float16).astype(np.float32)
-            index = graph.add_tensor(made.name, made.shape, 1.0, 0, value)
-            graph.tensor(index).type, graph.tensor(index).quantization = made.type, None
+            index = graph.add_tensor(made.name, made.shape, data=value)
             operator.inputs = np.array([*operator.inputs[:position], index, *operator.inputs[position + 1 :]], np.int32)
             if not graph.users(tensor):
                 graph.subgraph.operators.remove(maker)
@@ -300,13 +299,15 @@ class Graph:
             weights = copy
         weights.quantization.scale = (np.asarray(quantization.scale, np.float64) / factor).astype(np.float32)
 
-    def add_tensor(self, name: Any, shape: Any, scale: float, zero_point: int, data: Any = None) -> int:
+    def add_tensor(self, name: Any, shape: Any, scale: float = 0.0, zero_point: int = 0, data: Any = None) -> int:
+        """An int8 tensor, or a float32 one where ``scale`` is 0."""
         tensor = schema.TensorT()
-        tensor.name, tensor.shape, tensor.type, tensor.hasRank = name, np.array(shape, np.int32), _INT8, True
-        tensor.quantization = schema.QuantizationParametersT()
-        tensor.quantization.scale = np.array([scale], np.float32)
-        tensor.quantization.zeroPoint = np.array([zero_point], np.int64)
-        tensor.buffer = 0
+        tensor.name, tensor.shape, tensor.hasRank, tensor.buffer = name, np.array(shape, np.int32), True, 0
+        tensor.type = _INT8 if scale else schema.TensorType.FLOAT32
+        if scale:
+            tensor.quantization = schema.QuantizationParametersT()
+            tensor.quantization.scale = np.array([scale], np.float32)
+            tensor.quantization.zeroPoint = np.array([zero_point], np.int64)
         if data is not None:
             buffer = schema.BufferT()
             buffer.data = np.frombuffer(data.tobytes(), np.uint8)

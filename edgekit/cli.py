@@ -205,6 +205,14 @@ def _thresholds(given: tuple[str, ...]) -> dict[str, float]:
     return by_label
 
 
+_kernels = click.option(
+    "--ops",
+    multiple=True,
+    metavar="LIB",
+    help="Kernels of custom operators, of `edgekit ops build`; may be given again.",
+)
+
+
 @_command
 @click.argument("bundle")
 @click.option(
@@ -236,12 +244,7 @@ def _thresholds(given: tuple[str, ...]) -> dict[str, float]:
 @click.option("--hop", "hop_s", type=float, metavar="SECONDS", help="Of sound: take a window so often.")
 @click.option("--loop", is_flag=True, help="Start a file source again at its end.")
 @click.option("--labels", metavar="FILE", help="A label file to use instead of the packed one.")
-@click.option(
-    "--ops",
-    multiple=True,
-    metavar="LIB",
-    help="Kernels of custom operators, of `edgekit ops build`; may be given again.",
-)
+@_kernels
 @click.option("--json", "as_json", is_flag=True, help="Print each prediction on stdout too, one JSON object a line.")
 def run(bundle: str, source: str, as_json: bool, **options: Any) -> None:
     """Stream SOURCE through BUNDLE and publish what it sees or hears.
@@ -334,12 +337,7 @@ def _line(message: Message) -> str:
 
 @_command
 @click.argument("bundle")
-@click.option(
-    "--ops",
-    multiple=True,
-    metavar="LIB",
-    help="Kernels of custom operators, of `edgekit ops build`; may be given again.",
-)
+@_kernels
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def inspect(bundle: str, ops: tuple[str, ...], as_json: bool) -> None:
     """Show what is in BUNDLE, any .tflite: manifest, tensors, operators, and what each delegate would take."""
@@ -369,12 +367,7 @@ def inspect(bundle: str, ops: tuple[str, ...], as_json: bool) -> None:
     help="Threads of the CPU kernels; may be given again.  [default: 1 and the number of cores]",
 )
 @click.option("--seconds", type=float, default=2.0, show_default=True, help="How long to measure each combination.")
-@click.option(
-    "--ops",
-    multiple=True,
-    metavar="LIB",
-    help="Kernels of custom operators, of `edgekit ops build`; may be given again.",
-)
+@_kernels
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def bench(bundles: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Measure BUNDLE on this machine: each runtime, delegate and number of threads, and each stage of the pipeline.

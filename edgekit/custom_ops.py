@@ -25,9 +25,6 @@ from edgekit.native_ops import Op, PythonKernel, listed_versions, ops_of
 if TYPE_CHECKING:
     from edgekit.flatbuffer import Model, Operator
 
-# As in edge_tpu.py, which is not imported here: another Python than EdgeKit's runs this module too.
-COMPILED = "edgetpu-custom-op"
-
 FOLDER = Path(__file__).with_name("ops")
 LIBRARY_NAME = "libedgekit_ops.so"
 # Of a user's operator; those of EdgeKit itself are in setup.py.
@@ -70,7 +67,7 @@ class CustomOpResolver:
         self._options: dict[str, str] = {}
         self._kept: list[Any] = []
         self._raised = threading.local()
-        if (own := library_path()) is not None:
+        if (own := find_library()) is not None:
             self.versions.update(listed_versions(own))
         for path in paths:
             self.load(path)
@@ -157,12 +154,14 @@ class CustomOpResolver:
         return next(map(self._problem, missing), "")
 
     def _problem(self, operator: Operator) -> str:
+        from edgekit.edge_tpu import COMPILED
+
         needed = f"the custom operator {operator.name} version {operator.version}"
         if operator.name in self.versions:
             return f"{needed}, and its kernel is of version {self.versions[operator.name]}; get a newer one"
         if operator.name == COMPILED:
             return f"{needed}: it was compiled for the Edge TPU; give the model that it was made of"
-        if library_path() is None:
+        if find_library() is None:
             return f"{needed}; {NOT_BUILT}"
         return f"{needed}, and no kernel for it is known; give its library with --ops LIB.so, or ops= in Python"
 
@@ -189,7 +188,7 @@ NOT_BUILT = (
 )
 
 
-def library_path() -> Path | None:
+def find_library() -> Path | None:
     """EdgeKit's own library of operators; None where it was not built, for want of a C compiler."""
     path = FOLDER / LIBRARY_NAME
     return path if path.is_file() else None
@@ -260,7 +259,7 @@ def library() -> Path:
     Raises:
         EdgekitError: it was not built.
     """
-    path = library_path()
+    path = find_library()
     if path is None:
         raise EdgekitError("custom operators", mend=NOT_BUILT)
     return path

@@ -23,7 +23,7 @@ pytest.importorskip("tensorflow")
 soundfile = pytest.importorskip("soundfile")
 raw_sound = pytest.importorskip("edgekit.converters.raw_sound")
 needs_library = pytest.mark.skipif(
-    custom_ops.library_path() is None, reason="EdgeKit's library of operators is not built"
+    custom_ops.find_library() is None, reason="EdgeKit's library of operators is not built"
 )
 
 TAGS = ("low", "high", "both")
@@ -170,7 +170,7 @@ def test_recipe_is_faithful_in_every_runtime(convert: Any, tmp_path: Path, recip
         assert check.status == "not-installed" or (check.status == "ok" and check.within_0_03 >= 0.7), (name, check)
     assert of_bundle.verification.max_abs_difference < 0.03
     assert (of_bundle.calibration is None) == (recipe != "int8")
-    if custom_ops.library_path() is None:
+    if custom_ops.find_library() is None:
         return
     # With the front end in the graph, before which int8 is quantized, the same.
     file = bundle.read_file(tmp_path / "out.tflite")

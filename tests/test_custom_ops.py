@@ -25,7 +25,7 @@ from edgekit.sandbox import Sandbox, SandboxError
 OPTIONS = {"factor": 1.5, "count": -7, "flag": True, "mode": "abc", "big": 1 << 40}
 
 needs_library = pytest.mark.skipif(
-    custom_ops.library_path() is None, reason="EdgeKit's library of operators is not built"
+    custom_ops.find_library() is None, reason="EdgeKit's library of operators is not built"
 )
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler here")
 
@@ -59,7 +59,7 @@ def runtime() -> ModuleType:
 @pytest.fixture(scope="session")
 def sharpen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library with the operator ``Sharpen``."""
-    if custom_ops.library_path() is None or not any(map(shutil.which, ("cc", "gcc", "clang"))):
+    if custom_ops.find_library() is None or not any(map(shutil.which, ("cc", "gcc", "clang"))):
         pytest.skip("no C compiler here, or none when EdgeKit was installed")
     source = tmp_path_factory.mktemp("sharpen") / "sharpen.c"
     source.write_text(SHARPEN)
@@ -305,7 +305,7 @@ def test_tensorflow_loads_the_same_library(op_models: Path) -> None:
 @needs_library
 def test_library_is_an_external_delegate_for_programs_in_c(sharpen: Path) -> None:
     """As benchmark_model and TfLiteExternalDelegateCreate call it: options may have the same name."""
-    library = ctypes.CDLL(str(custom_ops.library_path()))
+    library = ctypes.CDLL(str(custom_ops.find_library()))
     library.tflite_plugin_create_delegate.restype = ctypes.c_void_p
     report = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 

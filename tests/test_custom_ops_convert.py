@@ -29,7 +29,7 @@ from edgekit.manifest import CustomOp  # noqa: E402
 from edgekit.quantization import dequantize, quantize  # noqa: E402
 from edgekit.sandbox import Sandbox  # noqa: E402
 
-if custom_ops.library_path() is None:
+if custom_ops.find_library() is None:
     pytest.skip("the library of operators was not built", allow_module_level=True)
 
 LAYERS = """

@@ -14,7 +14,7 @@ from edgekit import bundle, custom_ops
 from edgekit.errors import BundleError, EdgekitError
 from edgekit.manifest import AudioInput
 
-pytestmark = pytest.mark.skipif(custom_ops.library_path() is None, reason="EdgeKit's library of operators is not built")
+pytestmark = pytest.mark.skipif(custom_ops.find_library() is None, reason="EdgeKit's library of operators is not built")
 
 
 def sound(samples: int, seed: int = 0) -> np.ndarray:

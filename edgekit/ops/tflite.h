@@ -13,7 +13,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { kTfLiteOk = 0, kTfLiteError = 1, kTfLiteDelegateError = 2 };
+enum { kTfLiteOk = 0, kTfLiteError = 1 };
 enum { kTfLiteBuiltinCustom = 32 };
 enum { kTfLiteMmapRo = 1, kTfLitePersistentRo = 6 };
 enum { kTfLiteDelegateFlagsAllowDynamicTensors = 1 };
