@@ -18,6 +18,7 @@ import msgspec
 
 import edgekit
 from edgekit import runtimes
+from edgekit.broker import parse_broker
 from edgekit.bundle import Bundle, read
 from edgekit.custom_ops import Ops
 from edgekit.decode import NotFiniteError, Threshold, thresholds
@@ -40,7 +41,6 @@ from edgekit.messages import (
     printable,
     timestamp,
 )
-from edgekit.mqtt import parse_broker
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,10 @@ from types import TracebackType
 import paho.mqtt.client as paho
 from paho.mqtt.reasoncodes import ReasonCode
 
+from edgekit.broker import BrokerAddress
 from edgekit.errors import BrokerError
 from edgekit.messages import OFFLINE, ONLINE, InfoMessage, PredictionMessage, StateMessage, encode, topic
-from edgekit.mqtt import BrokerAddress, connect
+from edgekit.mqtt import connect
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 from paho.mqtt.enums import MQTTProtocolVersion
 
+from edgekit.broker import BrokerAddress
 from edgekit.errors import BrokerError
-from edgekit.mqtt import BrokerAddress
 
 logger = logging.getLogger(__name__)
 

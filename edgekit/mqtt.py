@@ -1,74 +1,467 @@
-"""Connecting to an MQTT broker: MQTT 5 first, 3.1.1 where the broker knows no better."""
+"""A connection to an MQTT broker, made again when lost: MQTT 5 first, 3.1.1 where the broker knows no better."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
+import random
+import selectors
+import socket
+import ssl
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from edgekit.broker import BrokerAddress
 from edgekit.errors import BrokerError
 
 logger = logging.getLogger(__name__)
 
 _NAMES = {MQTTProtocolVersion.MQTTv5: "MQTT 5", MQTTProtocolVersion.MQTTv311: "MQTT 3.1.1"}
-_USAGE = "mqtt://[user:password@]host[:port], mqtts://…, embedded or none"
+
+KEEP_ALIVE_S = 30
+# For the connection, and for the broker's answer, each.
+ANSWER_TIMEOUT_S = 10.0
+# A connection that is not waited for is given so long to come or be refused.
+START_S = 3.0
+# Waits before connecting again double from the first to the second, each shortened by chance to half at most.
+BACKOFF_S = (0.5, 30.0)
+# A connection that held for so long was a good one: the waits begin anew.
+GOOD_S = 5.0
+# A broker that stays away is told of again so often.
+REMIND_S = 600.0
+# Answers of a broker that may let us in later; all others ask for someone to mend the configuration.
+_TEMPORARY = {
+    "Unspecified error",
+    "Implementation specific error",
+    "Server unavailable",
+    "Server busy",
+    "Server shutting down",
+    "Quota exceeded",
+    "Connection rate exceeded",
+}
 
 
-@dataclass(frozen=True)
-class BrokerAddress:
-    """Where a broker is, and what to speak with it, tried in that order. Its text form leaves out the credentials."""
-
-    host: str
-    port: int
-    tls: bool = False
-    username: str | None = None
-    password: str | None = field(default=None, repr=False)
-    protocols: tuple[MQTTProtocolVersion, ...] = (MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311)
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'mqtts' if self.tls else 'mqtt'}://{host}:{self.port}"
+def unique_client_id(purpose: str) -> str:
+    """A client id that no other client has; a second client of the same id would throw the first one out."""
+    return f"edgekit-{purpose}-{uuid.uuid4().hex[:8]}"
 
 
-def parse_broker(url: str) -> BrokerAddress:
-    """Parses ``mqtt://[user:password@]host[:port]`` (port 1883) or ``mqtts://…`` (8883).
+class Connection:
+    """A connection to a broker, made again for ever when lost, by a thread of its own.
 
-    A user and password that the URL lacks come from ``EDGEKIT_MQTT_USERNAME`` and ``EDGEKIT_MQTT_PASSWORD``, which,
-    unlike the URL, do not show in the process list.
+    Each connection is a new paho client: what a lost one had under way is forgotten, and for the owner to send again.
+    The callbacks are called in that thread and must not block; :meth:`publish` and :meth:`subscribe` may be called from
+    them alone.
+
+    Args:
+        will: topic and payload of a retained QoS 1 Last Will.
+        subscriptions: topic filters, subscribed to with QoS 1 on each connection.
+        session_expiry_s: above 0, the broker keeps the subscriptions and what arrives for them while we are away.
+        receive_maximum: how many messages the broker may send without having our acknowledgement (MQTT 5).
+        maximum_packet_size: the broker keeps larger packets from us, in bytes (MQTT 5).
+        manual_ack: a message is acknowledged by :meth:`ack` instead of when ``on_message`` returns.
+        on_connect, on_disconnect: called after each connection, and when it is lost.
+        on_message: called with each message.
+        on_publish: called with the id of each message that the broker has answered, and its answer.
+        on_subscribe: called with the answers to a subscription, one for each topic filter.
+        on_turn: called after each network event and each :meth:`wake`; may return after how many seconds at the latest
+            it wants to be called again.
 
     Raises:
-        BrokerError: ``url`` is of another form. The message does not repeat it, as it may hold a password.
+        BrokerError: a certificate cannot be read.
     """
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        raise BrokerError("broker URL cannot be read", expected=_USAGE, mend="percent-encode odd characters") from None
-    if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or parts.path.strip("/"):
-        raise BrokerError(
-            "broker URL",
-            expected=_USAGE,
-            got=f"scheme {parts.scheme!r}, host {parts.hostname!r}" + (", a path" if parts.path.strip("/") else ""),
-            mend="give scheme and host, and no more than a port",
+
+    def __init__(
+        self,
+        address: BrokerAddress,
+        client_id: str,
+        *,
+        will: tuple[str, str] | None = None,
+        subscriptions: Sequence[str] = (),
+        session_expiry_s: int = 0,
+        receive_maximum: int = 100,
+        maximum_packet_size: int | None = None,
+        manual_ack: bool = False,
+        on_connect: Callable[[], None] | None = None,
+        on_disconnect: Callable[[], None] | None = None,
+        on_message: Callable[[paho.MQTTMessage], None] | None = None,
+        on_publish: Callable[[int, ReasonCode], None] | None = None,
+        on_subscribe: Callable[[list[ReasonCode]], None] | None = None,
+        on_turn: Callable[[], float | None] | None = None,
+    ) -> None:
+        self.address, self._client_id, self._will = address, client_id, will
+        self._subscriptions, self._session_expiry_s = tuple(subscriptions), session_expiry_s
+        self._receive_maximum, self._maximum_packet_size = receive_maximum, maximum_packet_size
+        self._manual_ack = manual_ack
+        self._on_connect, self._on_disconnect, self._on_message = on_connect, on_disconnect, on_message
+        self._on_publish, self._on_subscribe, self._on_turn = on_publish, on_subscribe, on_turn
+        self._tls = address.tls_context()
+        self.connected = False
+        self.protocol = address.protocols[0]
+        self.session_present = False  # the broker had kept our session
+        # Of the broker, for what we send.
+        self.receive_maximum, self.maximum_packet_size = 65535, 2**28
+        self._settled = False  # on the protocol: it was accepted once
+        self._client: paho.Client | None = None
+        self._dialling = False
+        self._dialled: tuple[paho.Client, Exception | None] | None = None
+        self._answer: ReasonCode | None = None
+        self._answer_properties: Properties | None = None
+        self._since_s = self._retry_s = 0.0
+        self._failures = 0
+        self._told, self._told_s = "", 0.0
+        self._acks: deque[tuple[paho.Client, int]] = deque()
+        self._closing = threading.Event()
+        self._changed = threading.Condition()
+        self._error: BrokerError | None = None  # why the last attempt failed
+        self._refused = False  # and that trying again is of no use before someone mends it
+        self._wake_r, self._wake_w = socket.socketpair()
+        self._wake_r.setblocking(False)
+        self._wake_w.setblocking(False)
+        self._awake = False
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wake_r, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._run, name=f"mqtt-{client_id}", daemon=True)
+
+    # -- for any thread --------------------------------------------------------------------------------------------
+
+    def start(self, patience_s: float | None = 0.0) -> bool:
+        """Starts the thread and waits for the first connection; whether there is one.
+
+        Args:
+            patience_s: keep trying for so long where the broker cannot be reached; None: not having reached it is no
+                error, and it goes on trying.
+
+        Raises:
+            BrokerError: the broker refuses the connection, or cannot be reached.
+        """
+        self._thread.start()
+        started_s = time.monotonic()
+        try:
+            with self._changed:
+                while not self.connected:
+                    if self._refused and self._error:
+                        raise self._error
+                    waited_s = time.monotonic() - started_s
+                    if patience_s is None and (self._error or waited_s > START_S):
+                        return False
+                    if patience_s is not None and self._error and waited_s >= patience_s:
+                        raise self._error
+                    # in short waits, so that Ctrl-C is heard on every platform
+                    self._changed.wait(0.2)
+        except BaseException:
+            self.close()
+            raise
+        return True
+
+    def ack(self, message: paho.MQTTMessage, client: paho.Client) -> None:
+        """Acknowledges a message that ``client`` received; nothing is done if that connection has gone since."""
+        self._acks.append((client, message.mid))
+        self.wake()
+
+    def wake(self) -> None:
+        """Has ``on_turn`` called soon."""
+        if not self._awake:
+            self._awake = True
+            with contextlib.suppress(OSError):  # full, so it will wake up; or closed
+                self._wake_w.send(b"\0")
+
+    def close(self) -> None:
+        """Disconnects, which takes back the Last Will, and ends the thread."""
+        self._closing.set()
+        self._awake = False
+        self.wake()
+        if self._thread.ident is None:
+            self._release()
+        elif self._thread is not threading.current_thread():
+            self._thread.join(ANSWER_TIMEOUT_S)
+
+    # -- for the callbacks -----------------------------------------------------------------------------------------
+
+    @property
+    def client(self) -> paho.Client:
+        """The present connection's."""
+        assert self._client
+        return self._client
+
+    def publish(
+        self,
+        topic: str,
+        payload: bytes | str,
+        *,
+        qos: int = 1,
+        retain: bool = False,
+        expiry_s: int | None = None,
+        correlation_data: bytes | None = None,
+    ) -> int:
+        """Sends a message; its id. ``expiry_s``: the broker keeps it for so long for who is away (MQTT 5)."""
+        properties = None
+        if self.protocol == MQTTProtocolVersion.MQTTv5 and (expiry_s is not None or correlation_data is not None):
+            properties = Properties(PacketTypes.PUBLISH)
+            if expiry_s is not None:
+                properties.MessageExpiryInterval = expiry_s
+            if correlation_data is not None:
+                properties.CorrelationData = correlation_data
+        return self.client.publish(topic, payload, qos, retain, properties).mid
+
+    def subscribe(self, *topic_filters: str) -> None:
+        self.client.subscribe([(topic_filter, 1) for topic_filter in topic_filters])
+
+    def unsubscribe(self, *topic_filters: str) -> None:
+        self.client.unsubscribe(list(topic_filters))
+
+    # -- the thread ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        wait_s = 0.0
+        try:
+            while not self._closing.is_set():
+                try:
+                    self._turn(wait_s)
+                    wish_s = self._on_turn() if self._on_turn else None
+                except Exception:  # a fault of ours must not end a service for good
+                    logger.exception("unexpected error; connecting to %s again", self.address)
+                    self._recover()
+                    wish_s = None
+                wait_s = 1.0 if wish_s is None else min(1.0, max(0.0, wish_s))
+            self._hang_up()
+        finally:
+            self._release()
+
+    def _turn(self, wait_s: float) -> None:
+        now_s = time.monotonic()
+        if self._client is None and not self._dialling:
+            if now_s >= self._retry_s:
+                self._dial()
+            else:
+                wait_s = min(wait_s, self._retry_s - now_s)
+        sock = self._client.socket() if self._client else None
+        if self._client and sock:
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._client.want_write() else 0)
+            if self._selector.get_key(sock).events != events:
+                self._selector.modify(sock, events)
+            if isinstance(sock, ssl.SSLSocket) and sock.pending():
+                wait_s = 0.0
+        ready = {key.fileobj: events for key, events in self._selector.select(wait_s)}
+        if self._wake_r in ready:
+            with contextlib.suppress(BlockingIOError):
+                self._wake_r.recv(64)
+            self._awake = False  # not before: who wakes now is heard in this turn
+        if self._dialled:
+            self._take_over(*self._dialled)
+        elif self._client:
+            self._serve(self._client, ready.get(sock, 0) if sock else 0)
+
+    def _dial(self) -> None:
+        """Begins to connect, in a thread of its own: names that nobody resolves and hosts that keep silent block."""
+        v5 = self.protocol == MQTTProtocolVersion.MQTTv5
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=self._client_id,
+            protocol=self.protocol,
+            clean_session=None if v5 else not self._session_expiry_s,
+            reconnect_on_failure=False,
+            manual_ack=self._manual_ack,
         )
-    tls = parts.scheme == "mqtts"
-    return BrokerAddress(
-        host=parts.hostname,
-        port=port or (8883 if tls else 1883),
-        tls=tls,
-        username=unquote(parts.username) if parts.username else os.environ.get("EDGEKIT_MQTT_USERNAME"),
-        password=unquote(parts.password) if parts.password else os.environ.get("EDGEKIT_MQTT_PASSWORD"),
-    )
+        client.connect_timeout = ANSWER_TIMEOUT_S
+        client.max_inflight_messages_set(65535)  # what may be under way is for the owner to decide
+        client.username_pw_set(self.address.username, self.address.password)
+        if self._tls:
+            client.tls_set_context(self._tls)
+        if self._will:
+            client.will_set(*self._will, qos=1, retain=True)
+        properties = None
+        if v5:
+            properties = Properties(PacketTypes.CONNECT)
+            properties.SessionExpiryInterval = self._session_expiry_s
+            properties.ReceiveMaximum = self._receive_maximum
+            if self._maximum_packet_size:
+                properties.MaximumPacketSize = self._maximum_packet_size
+        client.on_connect = self._answered
+        client.on_disconnect = self._disconnected
+        if on_message := self._on_message:
+            client.on_message = lambda _client, _userdata, message: on_message(message)
+        if on_publish := self._on_publish:
+            client.on_publish = lambda _client, _userdata, mid, reason, _properties: on_publish(mid, reason)
+        if on_subscribe := self._on_subscribe:
+            client.on_subscribe = lambda _client, _userdata, _mid, reasons, _properties: on_subscribe(reasons)
+
+        def dial() -> None:
+            error: Exception | None = None
+            try:
+                clean = {"clean_start": not self._session_expiry_s} if v5 else {}
+                client.connect(self.address.host, self.address.port, KEEP_ALIVE_S, properties=properties, **clean)
+            except Exception as failure:  # told by _take_over
+                error = failure
+            self._dialled = client, error
+            self.wake()
+
+        self._dialling, self._answer = True, None
+        threading.Thread(target=dial, name=f"dial-{self._client_id}", daemon=True).start()
+
+    def _take_over(self, client: paho.Client, error: Exception | None) -> None:
+        self._dialled, self._dialling = None, False
+        sock = client.socket()
+        if error or not sock:
+            mend = "check host and port, and that the broker runs"
+            if isinstance(error, ssl.SSLCertVerificationError):
+                mend = "give the authority that signed its certificate with --cafile, and the name that is in it"
+            elif isinstance(error, ssl.SSLError):
+                mend = "check that it speaks TLS on this port"
+            self._fail(f"broker {self.address} cannot be reached ({error or 'hung up'})", mend)
+            return
+        self._client, self._since_s = client, time.monotonic()
+        self._selector.register(sock, selectors.EVENT_READ)
+
+    def _serve(self, client: paho.Client, events: int) -> None:
+        sock = client.socket()
+        while self._acks:
+            of_client, mid = self._acks.popleft()
+            if of_client is client:
+                client.ack(mid, 1)
+        if events & selectors.EVENT_READ or (isinstance(sock, ssl.SSLSocket) and sock.pending()):
+            client.loop_read()
+        if client.want_write():
+            client.loop_write()
+        client.loop_misc()
+        if self._answer is not None and not self.connected:
+            self._judge(client, self._answer)
+        elif not self.connected and time.monotonic() - self._since_s > ANSWER_TIMEOUT_S:
+            self._drop(client)
+            self._hung_up()
+        elif client.socket() is None:  # _disconnected has told why
+            self._drop(client)
+            if not self.connected:
+                self._hung_up()
+            else:
+                self._lost()
+
+    def _answered(self, _client: Any, _userdata: Any, flags: Any, reason: ReasonCode, properties: Any) -> None:
+        self._answer, self._answer_properties = reason, properties
+        self.session_present = bool(flags.session_present)
+
+    def _judge(self, client: paho.Client, answer: ReasonCode) -> None:
+        name = answer.getName()
+        if answer.is_failure:
+            self._drop(client)
+            if name == "Unsupported protocol version":
+                self._hung_up()
+            elif name in _TEMPORARY:
+                self._fail(f"broker {self.address} takes no connection now: {name.lower()}", "look at its log")
+            else:
+                self._fail(
+                    f"broker {self.address} refused the connection: {name.lower()}",
+                    "check the user and password, and the broker's access rules",
+                    refused=True,
+                )
+            return
+        limits = self._answer_properties
+        self.receive_maximum = getattr(limits, "ReceiveMaximum", 65535 if limits else 20)
+        self.maximum_packet_size = getattr(limits, "MaximumPacketSize", 2**28)
+        self._since_s, self._settled, self._told = time.monotonic(), True, ""
+        with self._changed:
+            self.connected, self._error, self._refused = True, None, False
+            self._changed.notify_all()
+        logger.info("connected to %s with %s", self.address, _NAMES[self.protocol])
+        if self._subscriptions:
+            self.subscribe(*self._subscriptions)
+        if self._on_connect:
+            self._on_connect()
+
+    def _disconnected(self, _client: Any, _userdata: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
+        if self.connected and not self._closing.is_set():
+            logger.warning("connection to %s lost: %s; connecting again", self.address, str(reason).lower())
+            if reason.getName() == "Session taken over":
+                logger.error(
+                    "another client calls itself %s; give each device an id and each of its runs a stream of its own",
+                    self._client_id,
+                )
+
+    def _lost(self) -> None:
+        self.connected = False
+        if time.monotonic() - self._since_s > GOOD_S:
+            self._failures = 0
+        self._back_off()
+        if self._on_disconnect:
+            self._on_disconnect()
+
+    def _hung_up(self) -> None:
+        """Before an answer: as an older broker does to a CONNECT that it cannot read."""
+        protocols = self.address.protocols
+        later = protocols[protocols.index(self.protocol) + 1 :]
+        if later and not self._settled:
+            self.protocol = later[0]
+            return
+        if not self._settled:
+            self.protocol = protocols[0]
+        self._fail(
+            f"broker {self.address} accepted the connection but did not answer as an MQTT broker",
+            "check that an MQTT broker listens there, and whether it wants TLS (mqtts://) or a client certificate",
+        )
+
+    def _fail(self, what: str, mend: str, refused: bool = False) -> None:
+        if refused:
+            self._failures = 99
+        self._back_off()
+        with self._changed:
+            self._error, self._refused = BrokerError(what, mend=mend), refused
+            self._changed.notify_all()
+        now_s = time.monotonic()
+        if what != self._told or now_s - self._told_s > REMIND_S:
+            self._told, self._told_s = what, now_s
+            logger.log(logging.ERROR if refused else logging.WARNING, "%s; %s; trying again", what, mend)
+
+    def _back_off(self) -> None:
+        first_s, last_s = BACKOFF_S
+        wait_s = min(last_s, first_s * 2 ** min(self._failures, 16))
+        self._failures += 1
+        self._retry_s = time.monotonic() + wait_s * random.uniform(0.5, 1.0)
+
+    def _drop(self, client: paho.Client) -> None:
+        """Forgets the connection. paho may have closed its socket, which the selector still lists then."""
+        self._client = None
+        for key in list(self._selector.get_map().values()):
+            if key.fileobj is not self._wake_r:
+                self._selector.unregister(key.fileobj)
+        if sock := client.socket():
+            sock.close()
+
+    def _recover(self) -> None:
+        if self._client:
+            self._drop(self._client)
+        if self.connected:
+            self._lost()
+        else:
+            self._back_off()
+
+    def _release(self) -> None:
+        self.connected = False
+        self._selector.close()
+        self._wake_r.close()
+        self._wake_w.close()
+
+    def _hang_up(self) -> None:
+        """Says DISCONNECT, having sent what is left."""
+        client = self._client
+        if client and self.connected:
+            client.disconnect()
+            deadline_s = time.monotonic() + 1.0
+            while client.socket() and client.want_write() and time.monotonic() < deadline_s:
+                if client.loop_write() != MQTTErrorCode.MQTT_ERR_SUCCESS:
+                    break
+                time.sleep(0.005)
+        if client:
+            self._drop(client)
 
 
 def connect(
@@ -177,8 +570,3 @@ def _handshake(
     client.loop_start()
     done.wait(timeout_s)
     return answers[0] if answers else None
-
-
-def unique_client_id(purpose: str) -> str:
-    """A client id that no other client has; a second client of the same id would throw the first one out."""
-    return f"edgekit-{purpose}-{uuid.uuid4().hex[:8]}"

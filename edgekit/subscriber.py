@@ -15,9 +15,10 @@ import paho.mqtt.client as paho
 from paho.mqtt.enums import MQTTProtocolVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
+from edgekit.broker import parse_broker
 from edgekit.errors import BrokerError
 from edgekit.messages import PREFIX, PredictionMessage, check_name
-from edgekit.mqtt import connect, parse_broker, unique_client_id
+from edgekit.mqtt import connect, unique_client_id
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,10 @@ from typing import Any
 import paho.mqtt.client as paho
 import pytest
 
+from edgekit.broker import parse_broker
 from edgekit.embedded_broker import EmbeddedBroker
 from edgekit.errors import BrokerError
-from edgekit.mqtt import connect, parse_broker
+from edgekit.mqtt import connect
 
 
 @pytest.mark.parametrize(
