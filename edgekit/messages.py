@@ -82,6 +82,22 @@ class StateMessage(msgspec.Struct, frozen=True, kw_only=True):
     score: float | None
 
 
+class EventMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """Payload of ``<base>/<stream>/event``: a label begins to be held, or ends, with the same ``event_id``."""
+
+    schema: Literal["edgekit.event/1"]
+    event_id: str
+    event: Literal["begin", "end"]
+    boot_id: str
+    device: Name
+    stream: Name
+    at: Timestamp
+    class_id: int
+    label: str
+    score: float
+    replayed: bool
+
+
 class Versions(msgspec.Struct, frozen=True):
     edgekit: str
     python: str
@@ -105,10 +121,129 @@ class InfoMessage(msgspec.Struct, frozen=True, kw_only=True):
     streams: dict[str, StreamInfo]
 
 
-PAYLOADS: dict[str, type[msgspec.Struct]] = {
+class Percentiles(msgspec.Struct, frozen=True):
+    """Milliseconds, of the newest predictions; null before the first one."""
+
+    p50: float | None
+    p95: float | None
+    p99: float | None
+
+
+class SpoolHealth(msgspec.Struct, frozen=True):
+    """What waits to be sent, the age of the oldest in seconds (null: nothing waits), and how many predictions and
+    events of this boot were given up, by cause."""
+
+    messages: Count
+    bytes: Count
+    oldest_s: float | None
+    shed: dict[str, Count]
+
+
+class DelegateHealth(msgspec.Struct, frozen=True):
+    """What was asked for and what is in use; of the model's operators, how many it took. Null: not known."""
+
+    requested: str
+    active: str
+    operators_delegated: Count | None
+    operators: Count | None
+
+
+class HealthMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """Payload of ``<base>/health``. Counts are of this boot, and always
+    ``captured = inferred + dropped + failed + in_flight``; ``dropped`` is by cause. Null: the device does not tell."""
+
+    schema: Literal["edgekit.health/1"]
+    captured: Count
+    inferred: Count
+    dropped: dict[str, Count]
+    failed: Count
+    in_flight: Count
+    fps: float
+    latency_ms: Percentiles
+    spool: SpoolHealth
+    delegate: DelegateHealth
+    cpu_temp_c: float | None
+    rss_bytes: Count | None
+    uptime_s: float
+
+
+class _Command(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="command"):
+    """``stream``: for this one alone; without it for all streams of the device."""
+
+    stream: Name | None = None
+
+
+class Ping(_Command, frozen=True, tag="ping"):
+    """Asks for an answer."""
+
+
+class Pause(_Command, frozen=True, tag="pause"):
+    """Stops predicting: a live source goes on and is not looked at, a file waits."""
+
+
+class Resume(_Command, frozen=True, tag="resume"):
+    """Goes on predicting."""
+
+
+class Set(_Command, frozen=True, kw_only=True, tag="set"):
+    """Changes what is given; ``threshold`` is a score for all labels, or by label, ``"*"`` for all others.
+    ``max_fps`` null: as many frames as can be."""
+
+    threshold: float | dict[str, float] | msgspec.UnsetType = msgspec.UNSET
+    top_k: int | msgspec.UnsetType = msgspec.UNSET
+    max_fps: float | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class Snapshot(_Command, frozen=True, tag="snapshot"):
+    """Asks for the newest frame."""
+
+
+# Payload of ``<base>/command``.
+CommandMessage = Ping | Pause | Resume | Set | Snapshot
+
+
+class StreamSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """As a stream runs now."""
+
+    paused: bool
+    threshold: float | dict[str, float]
+    top_k: int
+    max_fps: float | None
+
+
+class SnapshotImage(msgspec.Struct, frozen=True, kw_only=True):
+    """The newest frame, and the newest prediction, which may be about an earlier one; null before the first."""
+
+    content_type: Literal["image/jpeg"]
+    size_wh: tuple[int, int]
+    captured_at: Timestamp
+    data: bytes
+    prediction: PredictionMessage | None
+
+
+class ResponseMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Answer to a command. ``command`` is null where it could not be told; ``error`` says why nothing was changed."""
+
+    schema: Literal["edgekit.response/1"]
+    device: Name
+    stream: Name
+    at: Timestamp
+    command: str | None
+    ok: bool
+    error: str | None = None
+    settings: StreamSettings
+    snapshot: SnapshotImage | None = None
+
+
+# What has a JSON Schema of this name.
+PAYLOADS: dict[str, Any] = {
     "prediction": PredictionMessage,
+    "event": EventMessage,
     "state": StateMessage,
     "info": InfoMessage,
+    "health": HealthMessage,
+    "command": CommandMessage,
+    "response": ResponseMessage,
 }
 
 
@@ -136,6 +271,17 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
+def check_prefix(prefix: str) -> str:
+    """``prefix`` if topics can begin with it: a name, or several with ``/`` between them.
+
+    Raises:
+        EdgekitError: it is none.
+    """
+    for level in prefix.split("/"):
+        check_name(level, "prefix" if level == prefix else f"prefix {prefix!r}: level")
+    return prefix
+
+
 def default_device_id() -> str:
     """The host's name, made fit for a topic."""
     return re.sub(r"[^a-z0-9_-]+", "-", socket.gethostname().lower()).strip("-") or "device"
@@ -146,8 +292,8 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-def topic(device: str, *levels: str) -> str:
-    return "/".join((PREFIX, device, *levels))
+def topic(device: str, *levels: str, prefix: str = PREFIX) -> str:
+    return "/".join((prefix, device, *levels))
 
 
 def timestamp(at: datetime) -> str:

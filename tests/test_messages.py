@@ -8,7 +8,16 @@ import msgspec
 import pytest
 
 from edgekit.errors import EdgekitError
-from edgekit.messages import PAYLOADS, PredictionMessage, check_name, default_device_id, json_schema, timestamp, topic
+from edgekit.messages import (
+    PAYLOADS,
+    PredictionMessage,
+    check_name,
+    check_prefix,
+    default_device_id,
+    json_schema,
+    timestamp,
+    topic,
+)
 
 PREDICTION = {
     "schema": "edgekit.prediction/1", "id": "b-17", "boot_id": "b", "seq": 17, "device": "pi-4", "stream": "door",
@@ -42,6 +51,16 @@ def test_prediction_out_of_schema_is_refused(field: str, value: object) -> None:
 def test_name_that_cannot_stand_in_a_topic_is_refused(name: str) -> None:
     with pytest.raises(EdgekitError, match="device id"):
         check_name(name, "device id")
+
+
+def test_prefix_may_have_several_levels() -> None:
+    assert topic("pi", "status", prefix=check_prefix("site-7/edgekit")) == "site-7/edgekit/pi/status"
+
+
+@pytest.mark.parametrize("prefix", ["", "/", "a//b", "a/", "/a", "a/+", "a/#", "$share", "A"])
+def test_prefix_that_no_topic_can_begin_with_is_refused(prefix: str) -> None:
+    with pytest.raises(EdgekitError, match="prefix"):
+        check_prefix(prefix)
 
 
 def test_default_device_id_can_stand_in_a_topic() -> None:
