@@ -32,7 +32,7 @@ class Model:
     Attributes:
         bundle: what was loaded.
         runtime: name of the TFLite runtime that runs it.
-        delegate: the delegate in use.
+        delegate, requested_delegate: the delegate in use, and what was asked for.
         preprocess: turns an image, a window of sound or the next hop of a stream into the input tensor:
             :class:`~edgekit.preprocess.ImagePreprocessor`, :class:`~edgekit.audio_preprocess.WindowPreprocessor` or
             :class:`~edgekit.audio_preprocess.StreamPreprocessor`.
@@ -49,7 +49,7 @@ class Model:
             raise BundleError(
                 f"delegate {delegate!r}", expected="auto or cpu", mend="other delegates are not supported yet"
             )
-        self.bundle, self.delegate = bundle, "cpu"
+        self.bundle, self.delegate, self.requested_delegate = bundle, "cpu", delegate
         self.runtime, module = runtimes.load(runtime)
         custom = any(operator.custom for operator in bundle.file.model.operators)
         self._ops = resolver(ops) if ops or custom else None

@@ -189,7 +189,7 @@ class Set(_Command, frozen=True, kw_only=True, tag="set"):
     """Changes what is given; ``threshold`` is a score for all labels, or by label, ``"*"`` for all others.
     ``max_fps`` null: as many frames as can be."""
 
-    threshold: float | dict[str, float] | msgspec.UnsetType = msgspec.UNSET
+    threshold: float | dict[Annotated[str, msgspec.Meta(max_length=200)], float] | msgspec.UnsetType = msgspec.UNSET
     top_k: int | msgspec.UnsetType = msgspec.UNSET
     max_fps: float | msgspec.UnsetType | None = msgspec.UNSET
 

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edgekit.devices.health import Recent, cpu_temp_c, rss_bytes
+from edgekit.messages import Percentiles
+
+
+def zone(zones: Path, number: int, kind: str, temp: str) -> None:
+    folder = zones / f"thermal_zone{number}"
+    folder.mkdir()
+    (folder / "type").write_text(f"{kind}\n")
+    (folder / "temp").write_text(f"{temp}\n")
+
+
+@pytest.mark.parametrize("kind", ["cpu-thermal", "CPU-therm", "x86_pkg_temp", "soc-thermal"])
+def test_cpu_temp_is_that_of_the_hottest_zone_of_the_processor(tmp_path: Path, kind: str) -> None:
+    zone(tmp_path, 0, "acpitz", "27800")
+    zone(tmp_path, 1, kind, "51540")
+    zone(tmp_path, 2, "cpu1-thermal", "48000")
+    zone(tmp_path, 3, "gpu-thermal", "90000")
+    assert cpu_temp_c(tmp_path) == 51.5
+
+
+def test_cpu_temp_where_the_system_does_not_tell(tmp_path: Path) -> None:
+    assert cpu_temp_c(tmp_path / "none") is None
+    zone(tmp_path, 0, "cpu-thermal", "")
+    assert cpu_temp_c(tmp_path) is None
+
+
+def test_rss_grows_with_what_is_held() -> None:
+    before = rss_bytes()
+    held = bytearray(b"x" * 50_000_000)
+    after = rss_bytes()
+    assert before and after and 40e6 < after - before < 80e6 and held
+
+
+def test_recent_of_nothing_has_no_percentiles() -> None:
+    recent = Recent()
+    assert recent.fps() == 0 and recent.percentiles_ms() == Percentiles(None, None, None)
+
+
+def test_recent_tells_the_pace_and_the_percentiles_of_the_newest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fifty a second for a minute, the last ten seconds of which took longer: more than are remembered."""
+    now_s = 1000.0
+    monkeypatch.setattr("edgekit.devices.health.time.monotonic", lambda: now_s)
+    recent = Recent()
+    for number in range(3000):
+        now_s += 0.02
+        recent.add(1.0 if number < 2000 else (number - 2000) / 10)
+    assert recent.fps() == pytest.approx(50, rel=0.01) and recent.uptime_s() == 60
+    percentiles = recent.percentiles_ms()
+    assert percentiles.p50 == pytest.approx(50, abs=3) and percentiles.p99 == pytest.approx(99, abs=1)
+    now_s += 5
+    assert recent.fps() == pytest.approx(25, rel=0.01)
+    now_s += 60
+    assert recent.fps() == 0
+
+
+def test_recent_tells_a_pace_of_which_it_does_not_remember_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr("edgekit.devices.health.time.monotonic", lambda: now_s)
+    recent = Recent()
+    for _ in range(20_000):
+        now_s += 0.001
+        recent.add(1.0)
+    assert recent.fps() == pytest.approx(1000, rel=0.01)
