@@ -1,0 +1,243 @@
+"""Home Assistant's device-based MQTT discovery: what a device has is told once and kept by the broker.
+
+https://www.home-assistant.io/integrations/mqtt/#device-discovery-payload
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import math
+import random
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from edgekit.errors import EdgekitError
+from edgekit.messages import OFFLINE, ONLINE, PREFIX, InfoMessage, check_name, encode, topic
+
+logger = logging.getLogger(__name__)
+
+# Home Assistant's own prefix, and where it says that it has started.
+DISCOVERY_PREFIX = "homeassistant"
+# It asks devices to spread their announcements after it has started.
+MAX_BIRTH_DELAY_S = 3.0
+# What the broker has kept of an earlier run comes within so long.
+RETAINED_S = 1.0
+# So long after what removes components come those that are left; sooner, Home Assistant may still be at the former.
+REMOVAL_S = 1.0
+# Without a word for so long, health is not known; it comes every 10 s.
+EXPIRE_AFTER_S = 35
+# More labels than fit in so many bytes are not listed one by one.
+MAX_OPTIONS_BYTES = 32_000
+_MANUFACTURER = "EdgeKit"
+
+Config = dict[str, Any]
+
+
+def label_groups(given: Iterable[str], labels: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """``NAME=LABEL,LABEL`` as on the command line -> labels by the group's name. A label with a comma in it is given
+    alone; a name given again adds to the group.
+
+    Raises:
+        EdgekitError: one is not of that form, or a label is none of ``labels``.
+    """
+    groups: dict[str, tuple[str, ...]] = {}
+    for text in given:
+        name, equals, members = text.partition("=")
+        if not equals:
+            raise EdgekitError(f"label group {text!r}", expected="NAME=LABEL,LABEL", mend="give a name and its labels")
+        named = [members] if members in labels else members.split(",")
+        for label in named:
+            if label not in labels:
+                close = difflib.get_close_matches(label, labels) or list(labels)[:5]
+                raise EdgekitError(
+                    f"label group {name}: {label!r}", expected="a label of the model", mend=f"try {' or '.join(close)}"
+                )
+        groups[check_name(name, "label group")] = (*groups.get(name, ()), *named)
+    return groups
+
+
+def discovery(
+    info: InfoMessage,
+    labels: Mapping[str, Sequence[str]],
+    groups: Mapping[str, Sequence[str]],
+    *,
+    prefix: str = PREFIX,
+) -> Config:
+    """What Home Assistant is told of a device.
+
+    A sensor for each stream, with the label of its state; a binary sensor for each stream and group of labels, on while
+    the label is one of them; and diagnostics.
+
+    Args:
+        labels: all that a stream may name, by stream.
+        groups: labels by the name of a group. A stream that has none of them has no such sensor.
+    """
+    device = info.device
+    components: Config = {}
+    for stream in info.streams:
+        state_topic = topic(device, stream, "state", prefix=prefix)
+        components[f"{stream}.label"] = _label_sensor(stream, state_topic, labels[stream])
+        for group, members in groups.items():
+            named = [label for label in members if label in labels[stream]]
+            if named:
+                components[f"{stream}.group.{group}"] = {
+                    "platform": "binary_sensor",
+                    "name": f"{stream} {group}",
+                    "state_topic": state_topic,
+                    # a string of JSON is one of Jinja too
+                    "value_template": "{{ 'ON' if value_json.label in "
+                    f"{json.dumps(named, ensure_ascii=False)} else 'OFF' }}}}",
+                }
+    for name, diagnostic in _DIAGNOSTICS.items():
+        components[name] = {
+            "platform": "sensor",
+            "entity_category": "diagnostic",
+            "state_topic": topic(device, "health", prefix=prefix),
+            "expire_after": EXPIRE_AFTER_S,
+            **diagnostic,
+        }
+    for key, component in components.items():
+        component["unique_id"] = f"edgekit.{device}.{key}"
+    return {
+        "device": {
+            "identifiers": [f"edgekit.{device}"],
+            "name": device,
+            "manufacturer": _MANUFACTURER,
+            "model": info.profile,
+            "sw_version": info.versions.edgekit,
+        },
+        "origin": {"name": _MANUFACTURER, "sw_version": info.versions.edgekit},
+        "availability_topic": topic(device, "status", prefix=prefix),
+        "payload_available": ONLINE,
+        "payload_not_available": OFFLINE,
+        "qos": 1,
+        "components": components,
+    }
+
+
+def _label_sensor(stream: str, state_topic: str, labels: Sequence[str]) -> Config:
+    sensor: Config = {
+        "platform": "sensor",
+        "name": stream,
+        "icon": "mdi:eye",
+        "state_topic": state_topic,
+        # null where no class reaches the threshold, which Home Assistant shows as unknown
+        "value_template": "{{ value_json.label }}",
+        "json_attributes_topic": state_topic,
+        "json_attributes_template": "{{ {'score': value_json.score, 'captured_at': value_json.captured_at} | tojson }}",
+    }
+    # as templates give them: without white space around them
+    options = [label for label in dict.fromkeys(map(str.strip, labels)) if label]
+    if options and len(encode(options)) <= MAX_OPTIONS_BYTES:
+        sensor |= {"device_class": "enum", "options": options}
+    return sensor
+
+
+_DIAGNOSTICS: dict[str, Config] = {
+    "fps": {
+        "name": "Frames per second",
+        "icon": "mdi:speedometer",
+        "value_template": "{{ value_json.fps }}",
+        "unit_of_measurement": "fps",
+        "state_class": "measurement",
+        "suggested_display_precision": 1,
+    },
+    "cpu_temp_c": {
+        "name": "CPU temperature",
+        "device_class": "temperature",
+        "value_template": "{{ value_json.cpu_temp_c }}",
+        "unit_of_measurement": "°C",
+        "state_class": "measurement",
+        "suggested_display_precision": 1,
+    },
+    "delegate": {
+        "name": "Delegate",
+        "icon": "mdi:chip",
+        "value_template": "{{ value_json.delegate.active }}",
+    },
+    "spool": {
+        "name": "Messages waiting",
+        "icon": "mdi:tray-full",
+        "value_template": "{{ value_json.spool.messages }}",
+        "state_class": "measurement",
+    },
+}
+
+
+class _Component(msgspec.Struct):
+    platform: str
+
+
+class _Origin(msgspec.Struct):
+    name: str
+
+
+class _Previous(msgspec.Struct):
+    """Of an announcement of ours, what is needed to take it back."""
+
+    origin: _Origin
+    components: dict[str, _Component]
+
+
+def removal(previous: bytes, now: Config) -> Config | None:
+    """``now`` with what makes Home Assistant remove those components that ``previous`` had and ``now`` has not, or has
+    as others; None if there are none, or ``previous`` is no announcement of ours."""
+    try:
+        before = msgspec.json.decode(previous, type=_Previous)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        if previous:
+            logger.warning("what was announced of this device before is not ours, and is replaced")
+        return None
+    if before.origin.name != _MANUFACTURER:
+        return None
+    components = now["components"]
+    stale = {
+        key: {"platform": component.platform}
+        for key, component in before.components.items()
+        if components.get(key, {}).get("platform") != component.platform
+    }
+    return {**now, "components": {**components, **stale}} if stale else None
+
+
+class Discovery:
+    """When to announce a device: on each connection, unless the broker has kept it, and when Home Assistant starts.
+
+    The caller subscribes to :attr:`filters`, tells what happens, and publishes, retained, what :meth:`turn` gives.
+    """
+
+    def __init__(self, device: str, config: Config, *, discovery_prefix: str = DISCOVERY_PREFIX) -> None:
+        self._config, self._payload = config, encode(config)
+        self._config_topic = f"{discovery_prefix}/device/{device}/config"
+        self._birth_topic = f"{discovery_prefix}/status"
+        self.filters = (self._birth_topic, self._config_topic)
+        #: When :meth:`turn` has something to give.
+        self.due_s = math.inf
+        self._looking = False  # for what the broker has kept
+        self._removal: bytes | None = None
+
+    def on_connect(self, now_s: float) -> None:
+        self._looking, self._removal, self.due_s = True, None, now_s + RETAINED_S
+
+    def on_message(self, topic: str, payload: bytes | bytearray, now_s: float) -> None:
+        """For each message on one of :attr:`filters`."""
+        if topic == self._config_topic and self._looking:
+            self._looking, self.due_s = False, now_s
+            if payload == self._payload:
+                self.due_s = math.inf
+            elif stale := removal(bytes(payload), self._config):
+                self._removal = encode(stale)
+        elif topic == self._birth_topic and payload == b"online" and self.due_s == math.inf:
+            self.due_s = now_s + random.uniform(0, MAX_BIRTH_DELAY_S)
+
+    def turn(self, now_s: float) -> list[tuple[str, bytes]]:
+        """Topics and payloads to publish now."""
+        if now_s < self.due_s:
+            return []
+        self._looking, self.due_s, payload = False, math.inf, self._payload
+        if self._removal:
+            payload, self._removal, self.due_s = self._removal, None, now_s + REMOVAL_S
+        return [(self._config_topic, payload)]

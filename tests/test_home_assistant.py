@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from edgekit.devices.home_assistant import Discovery, discovery, label_groups, removal
+from edgekit.errors import EdgekitError
+from edgekit.messages import BundleRef, InfoMessage, StreamInfo, Versions, encode
+
+SCHEMA = json.loads(Path(__file__).with_name("home_assistant_schema.json").read_text())
+# Names that would end a string of Jinja or of JSON, if they could.
+HARD = [
+    '"',
+    "'",
+    "\\",
+    "\\n",
+    "{{ 1 }}",
+    "{% raw %}",
+    "{# a",
+    "}}",
+    "tench, Tinca tinca",
+    "日本",
+    "🦜",
+    "a\u2028b",
+    "None ",
+]
+LABELS = {"door": ["cat", "dog", "none of these", *HARD], "yard": ["cat", "car"]}
+GROUPS = {"pets": ["cat", "dog"], "hard": HARD, "cars": ["car"]}
+CONFIG_TOPIC = "homeassistant/device/pi-4/config"
+
+
+def info(*streams: str) -> InfoMessage:
+    bundle = BundleRef("door", "1", "00")
+    return InfoMessage(
+        schema="edgekit.info/1",
+        device="pi-4",
+        boot_id="b",
+        profile="aarch64",
+        versions=Versions("0.1.0", "3.11.2", "litert 2.3.0"),
+        streams={stream: StreamInfo(bundle, "cpu", "camera:0") for stream in streams},
+    )
+
+
+CONFIG = discovery(info("door", "yard"), LABELS, GROUPS)
+
+
+def test_discovery_is_within_the_documented_schema() -> None:
+    jsonschema.validate(json.loads(encode(CONFIG)), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("device", "identifiers"), []),
+        (("device", "color"), "red"),
+        (("origin",), {}),
+        (("components",), {}),
+        (("components", "fps", "unique_id"), None),
+        (("components", "fps", "stat_cls"), "measurement"),
+        (("components", "fps", "state_topic"), "edgekit/+/health"),
+        (("components", "door.label", "options"), []),
+        (("components", "door.label", "device_class"), "temperature"),
+        (("components", "cpu_temp_c", "unit_of_measurement"), "C"),
+        (("components", "door.group.pets", "options"), ["ON"]),
+    ],
+)
+def test_schema_refuses_what_home_assistant_would_not_take(where: tuple[str, ...], value: Any) -> None:
+    config = json.loads(encode(CONFIG))
+    part = config
+    for name in where[:-1]:
+        part = part[name]
+    part[where[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(config, SCHEMA)
+
+
+def test_discovery_has_an_entity_for_each_stream_and_group_and_what_tells_the_devices_health() -> None:
+    components = CONFIG["components"]
+    assert set(components) == {
+        "door.label", "door.group.pets", "door.group.hard",
+        "yard.label", "yard.group.pets", "yard.group.cars",
+        "fps", "cpu_temp_c", "delegate", "spool",
+    }  # fmt: skip
+    assert components["yard.label"]["options"] == ["cat", "car"]
+    assert components["yard.label"]["state_topic"] == "edgekit/pi-4/yard/state"
+    assert components["spool"]["state_topic"] == "edgekit/pi-4/health" and components["spool"]["expire_after"] == 35
+    assert CONFIG["availability_topic"] == "edgekit/pi-4/status"
+    unique_ids = [component["unique_id"] for component in components.values()]
+    assert len(set(unique_ids)) == len(unique_ids)
+
+
+def test_discovery_of_names_that_look_alike_has_different_ids() -> None:
+    groups = {"b_c": ["x"], "c": ["x"], "label": ["x"]}
+    components = discovery(info("a", "a_b"), {"a": ["x"], "a_b": ["x"]}, groups)["components"]
+    assert len(components) == 2 + 6 + 4
+
+
+def test_discovery_with_another_prefix() -> None:
+    config = discovery(info("door"), LABELS, {}, prefix="site/7")
+    assert config["availability_topic"] == "site/7/pi-4/status"
+    assert config["components"]["fps"]["state_topic"] == "site/7/pi-4/health"
+
+
+def test_discovery_of_very_many_labels_lists_none() -> None:
+    sensor = discovery(info("door"), {"door": [f"label {n}" * 5 for n in range(2000)]}, {})["components"]["door.label"]
+    assert "options" not in sensor and "device_class" not in sensor
+
+
+def rendered(component: dict[str, Any], payload: dict[str, Any], template: str = "value_template") -> str:
+    jinja2 = pytest.importorskip("jinja2")
+    return str(jinja2.Template(component[template]).render(value_json=payload)).strip()
+
+
+@pytest.mark.parametrize("label", [*LABELS["door"], None])
+def test_templates_tell_every_label(label: str | None) -> None:
+    state = {"label": label, "score": None if label is None else 0.5, "captured_at": "2026-11-22T03:04:05.678Z"}
+    components = CONFIG["components"]
+    said = rendered(components["door.label"], state)
+    assert said == "None" if label is None else said in components["door.label"]["options"]
+    assert rendered(components["door.group.pets"], state) == ("ON" if label in ("cat", "dog") else "OFF")
+    assert rendered(components["door.group.hard"], state) == ("ON" if label in HARD else "OFF")
+    attributes = json.loads(rendered(components["door.label"], state, "json_attributes_template"))
+    assert attributes == {"score": state["score"], "captured_at": state["captured_at"]}
+
+
+def test_label_groups_are_read_from_the_command_line() -> None:
+    given = ["pets=cat,dog", "fish=tench, Tinca tinca", "pets=parrot"]
+    labels = ["cat", "dog", "parrot", "tench, Tinca tinca"]
+    assert label_groups(given, labels) == {"pets": ("cat", "dog", "parrot"), "fish": ("tench, Tinca tinca",)}
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [("pets", "NAME=LABEL"), ("pets=", "a label of the model"), ("pets=cat,gog", "try dog"), ("Pets=cat", "a-z, 0-9")],
+)
+def test_label_group_that_is_wrong_is_refused(given: str, error: str) -> None:
+    with pytest.raises(EdgekitError, match=error):
+        label_groups([given], ["cat", "dog"])
+
+
+def test_removal_takes_back_what_is_no_more() -> None:
+    now = discovery(info("door"), LABELS, {"pets": ["cat"]})
+    taken_back = removal(encode(CONFIG), now)
+    assert taken_back is not None
+    jsonschema.validate(json.loads(encode(taken_back)), SCHEMA)
+    stale = {"door.group.hard", "yard.label", "yard.group.pets", "yard.group.cars"}
+    assert {key for key, component in taken_back["components"].items() if len(component) == 1} == stale
+    assert taken_back["components"]["yard.label"] == {"platform": "sensor"}
+    assert {key: part for key, part in taken_back["components"].items() if key not in stale} == now["components"]
+
+
+def test_removal_of_a_component_that_becomes_another_platforms() -> None:
+    before = json.loads(encode(CONFIG))
+    before["components"]["fps"]["platform"] = "number"
+    taken_back = removal(encode(before), CONFIG)
+    assert taken_back and taken_back["components"]["fps"] == {"platform": "number"}
+
+
+@pytest.mark.parametrize(
+    "previous",
+    [b"", b"{", b"\xff", b"[]", b"{}", b"[" * 5000, b'{"components":{"a":{"platform":"light"}},"origin":{"name":"x"}}',
+     b'{"components":{"a":1},"origin":{"name":"EdgeKit"}}', encode(CONFIG)],
+)  # fmt: skip
+def test_removal_of_nothing_of_ours(previous: bytes) -> None:
+    assert removal(previous, CONFIG) is None
+
+
+def turns(flow: Discovery, from_s: float, to_s: float) -> list[tuple[float, str, Any]]:
+    """What it publishes, and when, if it is asked when it says so."""
+    published = []
+    while from_s <= flow.due_s <= to_s:
+        at_s = flow.due_s
+        published += [(at_s, to, json.loads(payload)) for to, payload in flow.turn(at_s)]
+    return published
+
+
+def test_announcement_is_made_when_the_broker_has_kept_none() -> None:
+    flow = Discovery("pi-4", CONFIG)
+    assert set(flow.filters) == {"homeassistant/status", CONFIG_TOPIC} and flow.due_s == math.inf
+    flow.on_connect(100)
+    assert flow.turn(100) == []
+    ((at_s, to, config),) = turns(flow, 100, 200)
+    assert at_s <= 101 and to == CONFIG_TOPIC and config == json.loads(encode(CONFIG))
+    flow.on_message(CONFIG_TOPIC, encode(CONFIG), 102)  # its own comes back
+    assert turns(flow, 102, 200) == []
+
+
+def test_announcement_that_the_broker_has_kept_is_not_made_again() -> None:
+    flow = Discovery("pi-4", CONFIG)
+    flow.on_connect(100)
+    flow.on_message(CONFIG_TOPIC, encode(CONFIG), 100.1)
+    assert turns(flow, 100, 200) == []
+    flow.on_connect(300)  # to a broker that has lost it
+    assert len(turns(flow, 300, 400)) == 1
+
+
+def test_stale_components_are_removed_before_the_announcement() -> None:
+    now = discovery(info("door"), LABELS, {})
+    flow = Discovery("pi-4", now)
+    flow.on_connect(100)
+    flow.on_message(CONFIG_TOPIC, encode(CONFIG), 100.1)
+    (removed_s, _, removed), (announced_s, _, announced) = turns(flow, 100, 200)
+    assert removed["components"]["yard.label"] == {"platform": "sensor"} and announced == json.loads(encode(now))
+    assert announced_s - removed_s >= 1
+
+
+def test_announcement_is_made_again_when_home_assistant_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = Discovery("pi-4", CONFIG)
+    flow.on_connect(100)
+    flow.on_message("homeassistant/status", b"online", 100)
+    assert len(turns(flow, 100, 200)) == 1
+    delays = []
+    random.seed(1)
+    for start_s in range(200, 1200, 100):
+        flow.on_message("homeassistant/status", b"offline", start_s - 10)
+        flow.on_message("homeassistant/status", b"online", start_s)
+        flow.on_message("homeassistant/status", b"online", start_s)
+        ((at_s, _, config),) = turns(flow, start_s, start_s + 50)
+        assert config == json.loads(encode(CONFIG))
+        delays.append(at_s - start_s)
+    assert 0 <= min(delays) < 1 < max(delays) <= 3
+
+
+@pytest.mark.parametrize("payload", [b"\xff", b"{", b"[" * 10_000, b'{"origin":{"name":"Zigbee"}}', b""])
+def test_foreign_configuration_is_replaced(payload: bytes) -> None:
+    flow = Discovery("pi-4", CONFIG)
+    flow.on_connect(100)
+    flow.on_message(CONFIG_TOPIC, payload, 100.1)
+    ((_, _, config),) = turns(flow, 100, 200)
+    assert config == json.loads(encode(CONFIG))
