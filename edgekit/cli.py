@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from edgekit.messages import PredictionMessage
-    from edgekit.subscriber import Message
+    from edgekit.received import Message
 
 
 class _StderrHandler(logging.Handler):
@@ -386,6 +386,48 @@ def bench(bundles: tuple[str, ...], as_json: bool, **options: Any) -> None:
         print_bench(measured)
 
 
+@_command
+@click.argument("bundle", required=False)
+@click.option("--source", help="What BUNDLE is to see or hear: a file or a folder, over and over.")
+@click.option("--rate", type=float, default=50.0, show_default=True, help="Predictions a second.")
+@click.option(
+    "--duration", "duration_s", type=float, default=60.0, show_default=True, metavar="SECONDS", help="Of all faults."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of when the faults come and how long they last.")
+@click.option("--broker-kills", type=click.IntRange(0), default=3, show_default=True, help="Kill the broker so often.")
+@click.option("--broker-restarts", type=click.IntRange(0), default=1, show_default=True, help="Restart it so often.")
+@click.option(
+    "--runtime-kills", type=click.IntRange(0), default=2, show_default=True, help="Kill the runtime so often."
+)
+@click.option("--cuts", type=click.IntRange(0), default=1, show_default=True, help="Reset its connection so often.")
+@click.option("--delays", type=click.IntRange(0), default=1, show_default=True, help="Hold what is sent so often.")
+@click.option("--disk-full", type=click.IntRange(0), default=1, show_default=True, help="Fill its disk so often.")
+@click.option("--folder", metavar="DIR", help="Leave spool and logs here.  [default: a temporary one]")
+@click.option("--json", "as_json", is_flag=True, help="Print the account as JSON.")
+def soak(as_json: bool, **options: Any) -> None:
+    """Let a broker, a runtime, its network and its disk fail, and account for every prediction.
+
+    The broker is a Mosquitto of its own. The runtime runs BUNDLE, or without one publishes made predictions. Fails if a
+    prediction was lost, or came twice without being marked.
+    """
+    import dataclasses
+
+    import msgspec
+
+    from edgekit.devices.soak import Faults, soak
+    from edgekit.terminal import progress_bar
+
+    faults = Faults(**{field.name: options.pop(field.name) for field in dataclasses.fields(Faults)})
+    with progress_bar() as progress:
+        result = soak(faults=faults, progress=progress, **options)
+    click.echo(msgspec.json.encode(result) if as_json else str(result))
+    if not result.sound:
+        raise EdgekitError(
+            f"{len(result.lost)} predictions lost, {result.duplicates_unflagged} duplicates not marked as such",
+            mend="look at the logs that --folder leaves",
+        )
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def ops() -> None:
     """Custom operators of your own."""
@@ -418,6 +460,7 @@ for _name, _item in (
     ("listen", listen),
     ("inspect", inspect),
     ("bench", bench),
+    ("soak", soak),
     ("ops", ops),
 ):
     cli.add_command(_item, _name)

@@ -36,9 +36,9 @@ class EmbeddedBroker:
     def __init__(self, url: str = "embedded") -> None:
         from amqtt.broker import Broker
 
+        _refuse_mqtt_5()
         try:
             parts = urlsplit(url if "://" in url else "embedded://")
-            # amqtt keeps silent at an MQTT 5 CONNECT with a Last Will.
             self.address = BrokerAddress(
                 parts.hostname or "127.0.0.1", parts.port or 1883, protocols=(MQTTProtocolVersion.MQTTv311,)
             )
@@ -112,6 +112,23 @@ class EmbeddedBroker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _refuse_mqtt_5() -> None:
+    """Has amqtt answer a CONNECT of MQTT 5 that it does not speak it.
+
+    It takes the properties in it for other fields and waits for the rest of those: Yakifo/amqtt#325.
+    """
+    from amqtt.mqtt.connect import ConnectPacket, ConnectPayload
+
+    class Payload(ConnectPayload):  # type: ignore[misc]
+        @classmethod
+        async def from_stream(cls, reader: Any, fixed_header: Any, variable_header: Any) -> Any:
+            if variable_header.proto_level > 4:
+                return cls("unread", "unread", b"")
+            return await super().from_stream(reader, fixed_header, variable_header)
+
+    ConnectPacket.PAYLOAD = Payload
 
 
 def _wait(condition: Callable[[], bool], timeout_s: float) -> bool:

@@ -1,122 +1,177 @@
-"""Receives what devices publish, as typed messages."""
+"""Receives what devices publish, and accounts for what did not come."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import suppress
 from types import TracebackType
-from typing import Literal
+from typing import get_args
 
 import msgspec
 import paho.mqtt.client as paho
 from paho.mqtt.enums import MQTTProtocolVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
-from edgekit.broker import parse_broker
-from edgekit.errors import BrokerError
-from edgekit.messages import PREFIX, PredictionMessage, check_name
-from edgekit.mqtt import connect, unique_client_id
+from edgekit.accounting import Accounting
+from edgekit.broker import BrokerAddress, parse_broker
+from edgekit.errors import BrokerError, EdgekitError
+from edgekit.messages import PREFIX, check_name, check_prefix
+from edgekit.mqtt import ANSWER_TIMEOUT_S, Connection, unique_client_id
+from edgekit.received import OF_DEVICE, Kind, Message, decode
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["prediction", "event", "state", "status", "info", "health"]
-
-
-class Message(msgspec.Struct, frozen=True, kw_only=True):
-    """One message of a device.
-
-    ``prediction`` is set for the kind ``prediction``; ``payload`` is the decoded JSON, for ``status`` its text.
-    ``missing`` holds the ``seq`` numbers between this prediction and the one before it, of the same device, stream and
-    boot, that never came.
-    """
-
-    kind: Kind
-    device: str
-    stream: str
-    topic: str
-    payload: object
-    retained: bool
-    prediction: PredictionMessage | None = None
-    missing: range = range(0)
-
-    @property
-    def label(self) -> str | None:
-        """Label of the highest class; None for another kind of message, or where no class reached the threshold."""
-        return self.prediction.predictions[0].label if self.prediction and self.prediction.predictions else None
-
-    @property
-    def score(self) -> float | None:
-        return self.prediction.predictions[0].score if self.prediction and self.prediction.predictions else None
-
-    @property
-    def captured_at(self) -> str | None:
-        """When the frame was captured, RFC 3339 in UTC."""
-        return self.prediction.captured_at if self.prediction else None
+# The broker is not asked for larger ones: nothing of EdgeKit's is.
+MESSAGE_BYTES = 2**20
+# Health goes out with QoS 0, which nobody waits for: so many wait for a slow consumer, others are dropped.
+QOS_0_WAITING = 1000
 
 
 class Subscriber:
-    """Iterates over the messages of devices, reconnecting as need be; a context manager.
+    """Iterates over the messages of devices, connecting again as need be. A context manager; both also with ``async``.
+
+    A message is acknowledged when the next one is asked for, by :meth:`ack`, or at the end of a ``with`` block that no
+    exception left. With a ``client_id`` and ``session_expiry_s``, whoever dies at work on a message gets it again.
+
+    It connects when it is made; in a coroutine, with ``async with`` or when the first message is asked for.
 
     Args:
-        broker: ``mqtt://[user:pass@]host[:port]`` or ``mqtts://…``.
+        broker: ``mqtt://[user:pass@]host[:port]`` or ``mqtts://…``, or what ``parse_broker`` made of it.
         device, stream: only this one; None for all.
         kinds: only these kinds of message.
         group: subscribers of one group share the messages among them (shared subscription).
         patience_s: keep trying for so long while the broker cannot be reached at the start.
+        prefix: what the topics begin with.
+        client_id: the name under which the broker keeps what comes while we are away; a random one if None.
+        session_expiry_s: for so long it does; 0: not at all.
+        receive_maximum: so many messages may wait here to be asked for. The broker keeps the others.
+
+    Attributes:
+        accounting: what came and what did not.
 
     Raises:
         BrokerError: the broker cannot be reached at the start, or refuses the subscription.
-        EdgekitError: a name cannot be part of a topic.
+        EdgekitError: a name cannot be part of a topic, or there is none for the session.
     """
 
     def __init__(
         self,
-        broker: str,
+        broker: str | BrokerAddress,
         *,
         device: str | None = None,
         stream: str | None = None,
-        kinds: tuple[Kind, ...] = ("prediction",),
+        kinds: Sequence[Kind] = ("prediction",),
         group: str | None = None,
         patience_s: float = 0.0,
+        prefix: str = PREFIX,
+        client_id: str | None = None,
+        session_expiry_s: int = 0,
+        receive_maximum: int = 100,
     ) -> None:
         of_device = "+" if device is None else check_name(device, "device")
         of_stream = "+" if stream is None else check_name(stream, "stream")
         share = f"$share/{check_name(group, 'group')}/" if group is not None else ""
-        self._filters = [
-            share + "/".join((PREFIX, of_device, kind) if kind in _OF_DEVICE else (PREFIX, of_device, of_stream, kind))
+        self._prefix = f"{check_prefix(prefix)}/"
+        if unknown := [kind for kind in kinds if kind not in get_args(Kind)]:
+            raise EdgekitError("kind of message", expected=", ".join(get_args(Kind)), got=unknown[0])
+        if session_expiry_s and not client_id:
+            raise EdgekitError("a session that the broker keeps needs a name", mend="give a client_id")
+        filters = [
+            share + self._prefix + "/".join((of_device, kind) if kind in OF_DEVICE else (of_device, of_stream, kind))
             for kind in kinds
         ]
-        self._last_seq: dict[tuple[str, str, str], int] = {}
-        self._messages: queue.SimpleQueue[paho.MQTTMessage] = queue.SimpleQueue()
-        self._subscribed = threading.Event()
+        self.accounting = Accounting(partial=group is not None)
+        self._group, self._patience_s, self._keeps_session = group, patience_s, session_expiry_s > 0
+        self._messages: deque[tuple[paho.MQTTMessage, paho.Client]] = deque()
+        self._handed_out: tuple[paho.MQTTMessage, paho.Client] | None = None
+        self._changed = threading.Condition()
+        self._tell_loop: Callable[[], object] | None = None
+        self._held = False  # until it is known whether what waits here will come again
+        self._dropped = 0
+        self._opened = self._subscribed = self._closed = False
         self._refusal = ""
-        self._client = connect(
+        self._connection = Connection(
             parse_broker(broker),
-            unique_client_id("subscriber"),
-            on_connect=lambda client: client.subscribe([(topic_filter, 1) for topic_filter in self._filters]),
-            on_message=self._messages.put,
+            client_id or unique_client_id("subscriber"),
+            subscriptions=filters,
+            session_expiry_s=session_expiry_s,
+            receive_maximum=receive_maximum,
+            maximum_packet_size=MESSAGE_BYTES,
+            manual_ack=True,
+            on_connect=self._connected,
+            on_disconnect=self._lost,
+            on_message=self._received,
             on_subscribe=self._answered,
-            patience_s=patience_s,
         )
         try:
-            if group is not None and self._client.protocol != MQTTProtocolVersion.MQTTv5:
-                raise BrokerError(
-                    "a group needs shared subscriptions, which came with MQTT 5, and the broker speaks 3.1.1",
-                    mend="leave the group out, or use a broker that speaks MQTT 5",
-                )
-            self._subscribed.wait(10)
-            self._check()
-        except BaseException:
-            self.close()
-            raise
+            asyncio.get_running_loop()
+        except RuntimeError:
+            self._open()
+
+    # -- in the thread of the connection ---------------------------------------------------------------------------
+
+    def _connected(self) -> None:
+        """If the broker still has our session it sends what waits here again: that is not to come twice."""
+        if self._connection.session_present:
+            present = self._connection.client
+            with self._changed:
+                kept = [(message, of) for message, of in self._messages if of is present or not message.qos]
+                self._messages = deque(kept)
+        self._held = False
+        self._tell()
+
+    def _lost(self) -> None:
+        self._held = self._keeps_session
+
+    def _received(self, message: paho.MQTTMessage) -> None:
+        if message.qos == 0 and len(self._messages) >= QOS_0_WAITING:
+            self._dropped += 1
+            if self._dropped == 1:
+                logger.warning("messages of QoS 0 are dropped, as they are not asked for as fast as they come")
+            return
+        with self._changed:
+            self._messages.append((message, self._connection.client))
+        self._tell()
 
     def _answered(self, reasons: list[ReasonCode]) -> None:
         refused = [reason for reason in reasons if reason.is_failure]
         self._refusal = str(refused[0]).lower() if refused else ""
-        self._subscribed.set()
+        self._subscribed = True
+        self._tell()
+
+    def _tell(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+        if tell_loop := self._tell_loop:
+            with suppress(RuntimeError):  # that loop has ended
+                tell_loop()
+
+    # -- for its user ----------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        if self._opened:
+            return
+        self._opened = True
+        try:
+            self._connection.start(self._patience_s)
+            if self._group is not None and self._connection.protocol != MQTTProtocolVersion.MQTTv5:
+                raise BrokerError(
+                    "a group needs shared subscriptions, which came with MQTT 5, and the broker speaks 3.1.1",
+                    mend="leave the group out, or use a broker that speaks MQTT 5",
+                )
+            with self._changed:
+                self._changed.wait_for(lambda: self._subscribed or self._closed, ANSWER_TIMEOUT_S)
+            if not self._subscribed:
+                raise BrokerError("broker did not answer the subscription", mend="look at its log")
+            self._check()
+        except BaseException:
+            self.close()
+            raise
 
     def _check(self) -> None:
         if self._refusal:
@@ -129,63 +184,100 @@ class Subscriber:
 
         Raises:
             TimeoutError: none came within ``timeout_s``.
+            EdgekitError: the subscriber is closed.
         """
+        if message := self._next(timeout_s):
+            return message
+        raise EdgekitError("the subscriber is closed")
+
+    def _next(self, timeout_s: float | None = None) -> Message | None:
+        """None: it is closed."""
+        self._open()
+        self.ack()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while True:
+        while not self._closed:
+            if message := self._take():
+                return message
+            self._check()
             # In short waits, so that Ctrl-C is heard on every platform.
-            left_s = 0.5 if deadline is None else min(0.5, max(0.0, deadline - time.monotonic()))
-            try:
-                received = self._messages.get(timeout=left_s)
-            except queue.Empty:
-                self._check()
-                if deadline is not None and time.monotonic() >= deadline:
-                    raise TimeoutError(f"no message within {timeout_s:g} s") from None
-                continue
-            try:
-                return self._decode(received)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                logger.warning("message on %s skipped, it is not one of EdgeKit's: %s", received.topic, error)
+            left_s = 0.5 if deadline is None else min(0.5, deadline - time.monotonic())
+            if left_s <= 0:
+                raise TimeoutError(f"no message within {timeout_s:g} s")
+            with self._changed:
+                self._changed.wait_for(self._has_news, left_s)
+        return None
+
+    def _has_news(self) -> bool:
+        return bool((self._messages and not self._held) or self._refusal or self._closed)
+
+    def ack(self) -> None:
+        """Acknowledges the message that was handed out last: it is done with and will not come again."""
+        if handed_out := self._handed_out:
+            self._handed_out = None
+            message, client = handed_out
+            if message.qos:
+                self._connection.ack(message, client)
 
     def __iter__(self) -> Iterator[Message]:
+        while message := self._next():
+            yield message
+
+    def __aiter__(self) -> AsyncIterator[Message]:
+        return self
+
+    async def __anext__(self) -> Message:
+        await self.__aenter__()
+        self.ack()
+        arrived, loop = asyncio.Event(), asyncio.get_running_loop()
+        self._tell_loop = lambda: loop.call_soon_threadsafe(arrived.set)
+        try:
+            while not self._closed:
+                if message := self._take():
+                    return message
+                self._check()
+                await arrived.wait()
+                arrived.clear()
+        finally:
+            self._tell_loop = None
+        raise StopAsyncIteration
+
+    def _take(self) -> Message | None:
+        """The next message that is EdgeKit's, if there is one now."""
         while True:
-            yield self.next()
-
-    def _decode(self, received: paho.MQTTMessage) -> Message:
-        levels = received.topic.split("/")
-        kind, stream = levels[-1], levels[2] if len(levels) == 4 else ""
-        prediction, missing = None, range(0)
-        payload: object = received.payload.decode() if kind == "status" else msgspec.json.decode(received.payload)
-        if kind == "prediction":
-            prediction = msgspec.convert(payload, PredictionMessage)
-            missing = self._account(prediction)
-        return Message(
-            kind=kind,  # type: ignore[arg-type]
-            device=levels[1],
-            stream=stream,
-            topic=received.topic,
-            payload=payload,
-            retained=received.retain,
-            prediction=prediction,
-            missing=missing,
-        )
-
-    def _account(self, prediction: PredictionMessage) -> range:
-        key = (prediction.device, prediction.stream, prediction.boot_id)
-        last = self._last_seq.get(key, prediction.seq - 1)
-        self._last_seq[key] = max(last, prediction.seq)
-        return range(last + 1, prediction.seq)
+            with self._changed:
+                if self._held or not self._messages:
+                    return None
+                self._handed_out = self._messages.popleft()
+            received = self._handed_out[0]
+            try:
+                return decode(received, self._prefix, self.accounting)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                logger.warning("message on %s skipped, it is not one of EdgeKit's: %s", received.topic, error)
+                self.ack()
 
     def close(self) -> None:
-        self._client.disconnect()
-        self._client.loop_stop()
+        """Ends the connection, and whoever waits for a message. The last one handed out is not acknowledged by this."""
+        self._closed = True
+        self._tell()
+        self._connection.close()
 
     def __enter__(self) -> Subscriber:
+        self._open()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None:
+            self.ack()
         self.close()
 
+    async def __aenter__(self) -> Subscriber:
+        if not self._opened:
+            await asyncio.to_thread(self._open)
+        return self
 
-_OF_DEVICE = ("status", "info", "health")
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.__exit__, kind, error, trace)

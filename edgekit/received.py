@@ -1,0 +1,95 @@
+"""A message of a device as a subscriber gets it, typed."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+from paho.mqtt.client import MQTTMessage
+
+from edgekit.accounting import Accounting
+from edgekit.decode import Prediction
+from edgekit.messages import PAYLOADS, EventMessage, HealthMessage, InfoMessage, PredictionMessage, StateMessage
+
+Kind = Literal["prediction", "event", "state", "status", "info", "health"]
+# Those of a whole device; the others are of a stream.
+OF_DEVICE = ("status", "info", "health")
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True):
+    """One message of a device.
+
+    Of ``prediction``, ``event``, ``state``, ``info`` and ``health`` the one of its ``kind`` is set. ``payload`` is the
+    decoded JSON, for ``status`` its text. ``stream`` is empty where a message is about the whole device.
+    ``missing`` holds the ``seq`` numbers between this prediction and those before it, of the same device, stream and
+    boot, that have not come; never for a consumer of a group. ``duplicate``: this prediction came before.
+    """
+
+    kind: Kind
+    device: str
+    stream: str
+    topic: str
+    payload: object
+    retained: bool
+    prediction: PredictionMessage | None = None
+    event: EventMessage | None = None
+    state: StateMessage | None = None
+    info: InfoMessage | None = None
+    health: HealthMessage | None = None
+    missing: range = range(0)
+    duplicate: bool = False
+
+    @property
+    def label(self) -> str | None:
+        """Label of the highest class of a prediction or state, or of an event; None where there is none."""
+        return self._named.label if self._named else None
+
+    @property
+    def score(self) -> float | None:
+        return self._named.score if self._named else None
+
+    @property
+    def captured_at(self) -> str | None:
+        """When the frame of a prediction, event or state was captured, RFC 3339 in UTC."""
+        if self.event:
+            return self.event.at
+        of_frame = self.prediction or self.state
+        return of_frame.captured_at if of_frame else None
+
+    @property
+    def _named(self) -> Prediction | EventMessage | StateMessage | None:
+        if self.prediction:
+            return self.prediction.predictions[0] if self.prediction.predictions else None
+        return self.event or self.state
+
+
+def decode(received: MQTTMessage, prefix: str, accounting: Accounting) -> Message:
+    """``received`` on a topic below ``prefix``, typed; a prediction is taken into account.
+
+    Raises:
+        DecodeError, UnicodeDecodeError, RecursionError: it is not one of EdgeKit's.
+    """
+    device, *of_stream, kind = received.topic.removeprefix(prefix).split("/")
+    stream = of_stream[0] if of_stream else ""
+    fields: dict[str, Any] = {}
+    payload: object = received.payload.decode() if kind == "status" else msgspec.json.decode(received.payload)
+    if kind != "status":
+        typed = fields[kind] = msgspec.convert(payload, PAYLOADS[kind])
+        # Who may write to this topic may not speak for others.
+        for name, of_topic in (("device", device), ("stream", stream)):
+            if getattr(typed, name, of_topic) != of_topic:
+                raise msgspec.ValidationError(f"its {name} is {getattr(typed, name)!r}")
+        if isinstance(typed, PredictionMessage):
+            if typed.seq >= 2**53:
+                raise msgspec.ValidationError(f"its seq is {typed.seq}")
+            heard = accounting.add(typed, redelivered=received.dup)
+            fields.update(missing=heard.missing, duplicate=heard.duplicate)
+    return Message(
+        kind=kind,  # type: ignore[arg-type]
+        device=device,
+        stream=stream,
+        topic=received.topic,
+        payload=payload,
+        retained=received.retain,
+        **fields,
+    )
