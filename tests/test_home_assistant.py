@@ -28,7 +28,7 @@ HARD = [
     "日本",
     "🦜",
     "a\u2028b",
-    "None ",
+    " two words ",
 ]
 LABELS = {"door": ["cat", "dog", "none of these", *HARD], "yard": ["cat", "car"]}
 GROUPS = {"pets": ["cat", "dog"], "hard": HARD, "cars": ["car"]}
