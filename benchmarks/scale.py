@@ -1,6 +1,6 @@
 """Many devices on one Mosquitto, and a group of consumers that share what they say: what is lost, and how late it is.
 
-    python benchmarks/scale.py [--devices 1000] [--rate 1 2 4 ...] [--consumers 1 2 4] [--seconds 30] [--runs 1]
+    python benchmarks/scale.py [--devices 1000] [--rate 1 2 4 ...] [--consumers 1 2 4] [--seconds 30] [--runs 1] [--tls]
 
 Each device is a connection of its own (MQTT 5, QoS 1) that publishes a prediction ``--rate`` times a second, at times
 that do not wait for anyone; a message is as late as it is received after the time at which it was due, by a program
@@ -35,10 +35,14 @@ from microphone import cpu_s
 from paho.mqtt.enums import CallbackAPIVersion
 
 from edgekit import Prediction, Subscriber
+from edgekit.accounting import Accounting
+from edgekit.broker import BrokerAddress, parse_broker
 from edgekit.messages import BundleRef, Latency, PredictionMessage, encode, timestamp, topic
 
 # The broker keeps what a consumer is behind, up to a bound, and is told to keep more than the default of 1,000.
-SETTINGS = ["allow_anonymous true", "max_queued_messages 100000", "max_inflight_messages 100"]
+SETTINGS = ["allow_anonymous true", "max_queued_messages 100000", "max_inflight_messages 100", "user root"]
+TLS_SETTINGS = ["cafile ca.crt", "certfile server.crt", "keyfile server.key", "require_certificate true"]
+CERTIFICATE = Path(__file__).parents[1] / "examples" / "mosquitto" / "certificate"
 LATE_MS = 1000.0
 # A consumer ends when the devices have, and it has received nothing for so long.
 IDLE_S = 2.0
@@ -58,10 +62,9 @@ class Sent:
 
 @dataclass(frozen=True)
 class Received:
-    """What one consumer got: device numbers and seqs, and how long after it was due each came."""
+    """What one consumer got, and how long after it was due each message came."""
 
-    device: np.ndarray
-    seq: np.ndarray
+    accounting: bytes
     late_ms: np.ndarray
     cpu_s: float
 
@@ -93,10 +96,10 @@ def prediction(device: str, seq: int, due_s: float) -> PredictionMessage:
     )
 
 
-def devices(port: int, count: int, rate: float, seconds: float, pipe: Connection) -> None:
+def devices(address: BrokerAddress, count: int, rate: float, seconds: float, pipe: Connection) -> None:
     """Connects, says so, waits for the word, and publishes."""
     allow_many_files()
-    selector, acknowledged, connected = selectors.DefaultSelector(), 0, 0
+    selector, acknowledged, connected, tls = selectors.DefaultSelector(), 0, 0, address.tls_context()
 
     def on_publish(*_: object) -> None:
         nonlocal acknowledged
@@ -110,13 +113,17 @@ def devices(port: int, count: int, rate: float, seconds: float, pipe: Connection
     for number in range(count):
         client = paho.Client(CallbackAPIVersion.VERSION2, client_id=f"edgekit-{number}", protocol=paho.MQTTv5)
         client.on_publish, client.on_connect = on_publish, on_connect
-        client.connect("127.0.0.1", port, keepalive=300)
+        if tls:
+            client.tls_set_context(tls)
+        client.connect(address.host, address.port, keepalive=300)
         selector.register(client.socket(), selectors.EVENT_READ, client)
         clients.append(client)
 
     def serve(wait_s: float) -> None:
         for key, _ in selector.select(wait_s):
             key.data.loop_read()
+            while tls and key.fileobj.pending():  # read from the socket already
+                key.data.loop_read()
 
     while connected < count:
         serve(1.0)
@@ -143,11 +150,10 @@ def devices(port: int, count: int, rate: float, seconds: float, pipe: Connection
     pipe.send(Sent(each, each * count - acknowledged, behind_p99_ms, own_cpu_s() - cpu_before_s, len(payload)))
 
 
-def consumer(port: int, ended: Event, pipe: Connection) -> None:
-    """Receives until the devices have ended and no more comes."""
-    numbers: list[tuple[int, int]] = []
+def consumer(address: BrokerAddress, number: int, ended: Event, pipe: Connection) -> None:
+    """Receives until the devices have ended and no more comes. The broker keeps its share, were it to die."""
     late_ms: list[float] = []
-    with Subscriber(f"mqtt://127.0.0.1:{port}", group="scale") as subscriber:
+    with Subscriber(address, group="scale", client_id=f"scale-{number}", session_expiry_s=3600) as subscriber:
         pipe.send(None)
         cpu_before_s = own_cpu_s()
         while True:
@@ -158,27 +164,30 @@ def consumer(port: int, ended: Event, pipe: Connection) -> None:
                     break
                 continue
             now_s = time.time()
-            assert message.prediction and message.captured_at
-            captured = datetime.fromisoformat(message.captured_at.replace("Z", "+00:00"))
-            late_ms.append(1000 * (now_s - captured.timestamp()))
-            numbers.append((int(message.device.removeprefix("pi-")), message.prediction.seq))
-        used_s = own_cpu_s() - cpu_before_s
-    device, seq = np.array(numbers, np.int64).reshape(-1, 2).T
-    pipe.send(Received(device, seq, np.array(late_ms), used_s))
+            assert message.captured_at
+            due = datetime.fromisoformat(message.captured_at.replace("Z", "+00:00"))
+            late_ms.append(1000 * (now_s - due.timestamp()))
+    pipe.send(Received(subscriber.accounting.to_json(), np.array(late_ms), own_cpu_s() - cpu_before_s))
 
 
-def start_mosquitto(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
+def start_mosquitto(folder: Path, tls: bool) -> tuple[subprocess.Popen[bytes], BrokerAddress]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     config = folder / "mosquitto.conf"
-    config.write_text("\n".join([f"listener {port} 127.0.0.1", *SETTINGS, ""]))
+    config.write_text("\n".join([f"listener {port} 127.0.0.1", *SETTINGS, *(TLS_SETTINGS if tls else []), ""]))
+    address = parse_broker(f"mqtt://127.0.0.1:{port}")
+    if tls:
+        for arguments in (["ca"], ["server", "localhost", "127.0.0.1"], ["device", "pi"]):
+            subprocess.run([CERTIFICATE, *arguments], cwd=folder, check=True, capture_output=True)
+        files = {"cafile": folder / "ca.crt", "certfile": folder / "pi.crt", "keyfile": folder / "pi.key"}
+        address = parse_broker(f"mqtts://127.0.0.1:{port}", **{name: str(path) for name, path in files.items()})
     program = shutil.which("mosquitto") or "/usr/sbin/mosquitto"
-    broker = subprocess.Popen([program, "-c", config], stderr=subprocess.DEVNULL)
+    broker = subprocess.Popen([program, "-c", config], cwd=folder, stderr=subprocess.DEVNULL)
     for _ in range(500):
         try:
             socket.create_connection(("127.0.0.1", port), 1).close()
-            return broker, port
+            return broker, address
         except OSError:
             time.sleep(0.02)
     sys.exit("mosquitto does not start; install it")
@@ -194,25 +203,26 @@ def resident_kb(process: int) -> int:
     return int(Path(f"/proc/{process}/status").read_text().partition("VmRSS:")[2].split()[0])
 
 
-def measure(devices_count: int, rate: float, consumers_count: int, seconds: float) -> bool:
+def measure(devices_count: int, rate: float, consumers_count: int, seconds: float, tls: bool) -> bool:
     """Prints a row; whether all arrived and 99 of 100 within a second."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        broker, port = start_mosquitto(Path(folder))
-        empty_kb = resident_kb(broker.pid)
+        broker, address = start_mosquitto(Path(folder), tls)
+        empty_kb, idle_s = resident_kb(broker.pid), cpu_s(broker.pid)
         try:
             ended = context.Event()
             pipes = [context.Pipe() for _ in range(consumers_count + 1)]
             ours = [pair[0] for pair in pipes]
-            arguments = (port, devices_count, rate, seconds, pipes[0][1])
+            arguments = (address, devices_count, rate, seconds, pipes[0][1])
             processes = [context.Process(target=devices, args=arguments, daemon=True)]
-            for _, theirs in pipes[1:]:
-                processes.append(context.Process(target=consumer, args=(port, ended, theirs), daemon=True))
+            for number, (_, theirs) in enumerate(pipes[1:]):
+                processes.append(context.Process(target=consumer, args=(address, number, ended, theirs), daemon=True))
             for process in processes:
                 process.start()
             for pipe in ours:
                 pipe.recv()
-            connection_kb = (resident_kb(broker.pid) - empty_kb) / (devices_count + consumers_count)
+            connection_kb = (resident_kb(broker.pid) - empty_kb) / devices_count
+            connection_us = 1e6 * (cpu_s(broker.pid) - idle_s) / devices_count
             before_s, busy_before_s, started_s = cpu_s(broker.pid), busy_s(), time.monotonic()
             ours[0].send(None)
             sent: Sent = ours[0].recv()
@@ -225,18 +235,19 @@ def measure(devices_count: int, rate: float, consumers_count: int, seconds: floa
         finally:
             broker.terminate()
             broker.wait(10)
-    seqs = np.concatenate([part.seq + part.device * 2**32 for part in received])
+    came = Accounting.merge(Accounting.from_json(part.accounting) for part in received)
     late_ms = np.concatenate([part.late_ms for part in received])
-    lost = sent.each * devices_count - len(np.unique(seqs))
+    lost = sent.each * devices_count - came.predictions
     p50, p99, worst = np.percentile(late_ms, [50, 99, 100]) if len(late_ms) else (np.inf,) * 3
     consumers_s = [part.cpu_s for part in received]
     others_s = all_s - broker_s - sent.cpu_s - sum(consumers_s)
-    each_us = [f"{1e6 * used_s / len(seqs):.0f}" for used_s in (broker_s, sent.cpu_s, sum(consumers_s))]
+    each_us = [f"{1e6 * used_s / len(late_ms):.0f}" for used_s in (broker_s, sent.cpu_s, sum(consumers_s))]
     row = (
         (9, consumers_count), (10, f"{rate * devices_count:,.0f}"), (9, f"{sent.each * devices_count:,}"), (6, lost),
-        (6, len(seqs) - len(np.unique(seqs))), (6, sent.unacknowledged), (8, f"{p50:.1f}"), (8, f"{p99:.1f}"),
+        (6, came.duplicates), (6, sent.unacknowledged), (8, f"{p50:.1f}"), (8, f"{p99:.1f}"),
         (8, f"{worst:.1f}"), (9, f"{sent.behind_p99_ms:.1f}"), (6, each_us[0]), (7, each_us[1]), (9, each_us[2]),
-        (10, f"{others_s / took_s:.1f}"), (7, f"{connection_kb:.1f}"), (6, sent.payload_bytes),
+        (10, f"{others_s / took_s:.1f}"), (7, f"{connection_kb:.1f}"), (5, f"{connection_us:.0f}"),
+        (6, sent.payload_bytes),
     )  # fmt: skip
     print(*(f"{value:>{width}}" for width, value in row), flush=True)
     return not lost and not sent.unacknowledged and p99 < LATE_MS
@@ -249,18 +260,19 @@ def main() -> None:
     parser.add_argument("--consumers", type=int, nargs="+", default=[1, 2, 4], help="of one group")
     parser.add_argument("--seconds", type=float, default=30.0, help="how long the devices publish")
     parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--tls", action="store_true", help="with client certificates")
     options = parser.parse_args()
     allow_many_files()
-    print(f"{'CPU time of a message, us':>99}{'others,':>12}")
+    print(f"{'CPU time of a message, us':>99}{'others,':>12}{'a connection':>14}")
     print(
         "consumers messages/s      sent   lost double un-ack   p50 ms   p99 ms   max ms  sent p99 broker devices"
-        " consumers      cores kB/conn  bytes"
+        " consumers      cores      kB    us  bytes"
     )
     good = True
     for _ in range(options.runs):
         for consumers_count in options.consumers:
             for number, rate in enumerate(options.rate):
-                reached = measure(options.devices, rate, consumers_count, options.seconds)
+                reached = measure(options.devices, rate, consumers_count, options.seconds, options.tls)
                 good &= reached or number > 0
                 if not reached:
                     break
