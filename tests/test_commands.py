@@ -12,8 +12,12 @@ from typing import Any
 import cv2
 import jsonschema
 import numpy as np
+import paho.mqtt.client as paho
 import pytest
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 
+import edgekit
 from edgekit.devices.commands import MAX_COMMAND_BYTES, Commands, response_topic
 from edgekit.devices.frames import Frame, Source
 from edgekit.devices.interpreter import load
@@ -353,3 +357,71 @@ def test_response_topic_that_would_speak_for_others_is_refused(requested: str) -
 def test_response_topic_of_another_prefix() -> None:
     assert response_topic("site/7/pi/response", "pi", prefix="site/7") == "site/7/pi/response"
     assert response_topic("site/7/pi/command", "pi", prefix="site/7") is None
+
+
+class Caller:
+    """Asks a device over MQTT 5, as anyone would."""
+
+    def __init__(self, port: int) -> None:
+        self._answers: queue.SimpleQueue[paho.MQTTMessage] = queue.SimpleQueue()
+        self._client = paho.Client(paho.CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)
+        self._client.on_message = lambda _client, _userdata, message: self._answers.put(message)
+        self._client.connect("127.0.0.1", port)
+        self._client.subscribe("edgekit/pi/response/me")
+        self._client.loop_start()
+
+    def ask(self, command: bytes, number: bytes, timeout_s: float = 10.0) -> dict[str, Any]:
+        properties = Properties(PacketTypes.PUBLISH)
+        properties.ResponseTopic, properties.CorrelationData = "edgekit/pi/response/me", number
+        self._client.publish("edgekit/pi/command", command, qos=1, properties=properties)
+        answer = self._answers.get(timeout=timeout_s)
+        assert answer.properties.CorrelationData == number
+        response: dict[str, Any] = json.loads(answer.payload)
+        jsonschema.validate(response, RESPONSE)
+        return response
+
+    def close(self) -> None:
+        self._client.disconnect()
+        self._client.loop_stop()
+
+
+@pytest.fixture
+def asked(models: Path, video: Path, broker: Any) -> Iterator[Callable[..., Caller]]:
+    """Starts a run that goes on for ever, and a caller."""
+    stop, ends = threading.Event(), []
+
+    def start(**options: Any) -> Caller:
+        begun = threading.Event()
+        running = threading.Thread(
+            target=edgekit.run,
+            args=(models / "int8.tflite", str(video)),
+            kwargs={
+                "broker": broker.url, "device_id": "pi", "loop": True, "max_fps": 50.0, "stop": stop,
+                "on_prediction": lambda _: begun.set(), **options,
+            },
+        )  # fmt: skip
+        running.start()
+        caller = Caller(broker.port)
+        ends.extend((caller.close, running.join))
+        assert begun.wait(20)
+        return caller
+
+    yield start
+    stop.set()
+    for end in ends:
+        end()
+
+
+def test_commands_over_mqtt_are_answered_with_their_correlation_data(asked: Any) -> None:
+    caller = asked()
+    assert caller.ask(b'{"command":"ping"}', b"1")["ok"]
+    assert caller.ask(b'{"command":"set","max_fps":25,"top_k":1}', b"2")["settings"]["max_fps"] == 25
+    assert caller.ask(b'{"command":"pause"}', b"3")["settings"]["paused"]
+    assert "malformed" in caller.ask(b"{", b"4")["error"]
+    assert not caller.ask(b'{"command":"resume"}', b"5")["settings"]["paused"]
+    assert caller.ask(b'{"command":"snapshot"}', b"6")["snapshot"]["size_wh"] == [64, 48]
+
+
+def test_commands_that_are_turned_off_are_not_answered(asked: Any) -> None:
+    with pytest.raises(queue.Empty):
+        asked(commands=False).ask(b'{"command":"ping"}', b"1", timeout_s=1)

@@ -3,12 +3,15 @@ from __future__ import annotations
 import json
 import math
 import random
+import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
+import edgekit
 from edgekit.devices.home_assistant import Discovery, discovery, label_groups, removal
 from edgekit.errors import EdgekitError
 from edgekit.messages import BundleRef, InfoMessage, StreamInfo, Versions, encode
@@ -234,3 +237,43 @@ def test_foreign_configuration_is_replaced(payload: bytes) -> None:
     flow.on_message(CONFIG_TOPIC, payload, 100.1)
     ((_, _, config),) = turns(flow, 100, 200)
     assert config == json.loads(encode(CONFIG))
+
+
+def test_device_announces_itself_to_a_broker_and_again_to_home_assistant_that_starts(
+    models: Path, video: Path, broker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second run has other label groups than the first: what is no more is removed."""
+    monkeypatch.setattr("edgekit.devices.home_assistant.MAX_BIRTH_DELAY_S", 0.2)
+
+    def announced(messages: int, group: str) -> list[dict[str, Any]]:
+        """The announcements of a run during which Home Assistant starts, once the first ones are out."""
+        received = broker.subscribe("homeassistant/device/pi/config", "-C", str(messages), "-W", "20", "-R")
+        first = broker.subscribe("homeassistant/device/pi/config", "-C", str(messages - 1), "-W", "20", "-R")
+        stop = threading.Event()
+        running = threading.Thread(
+            target=edgekit.run,
+            args=(models / "int8.tflite", str(video)),
+            kwargs={
+                "broker": broker.url, "device_id": "pi", "loop": True, "max_fps": 20.0, "stop": stop,
+                "label_groups": [f"{group}=red,blue"],
+            },
+        )  # fmt: skip
+        running.start()
+        first()
+        birth = ["mosquitto_pub", "-p", str(broker.port), "-t", "homeassistant/status", "-m", "online"]
+        subprocess.run(birth, check=True)
+        configs = [payload for _, payload in received()]
+        stop.set()
+        running.join()
+        for config in configs:
+            jsonschema.validate(config, SCHEMA)
+        return configs
+
+    config, again = announced(2, "warm")
+    assert config == again and config["components"]["main.label"]["options"] == ["red", "green", "blue"]
+    removing, config, again = announced(3, "bright")
+    assert removing["components"]["main.group.warm"] == {"platform": "binary_sensor"}
+    assert "main.group.warm" not in config["components"] and "main.group.bright" in config["components"]
+    assert config == again
+    ((_, kept),) = broker.subscribe("homeassistant/device/pi/config", "-C", "1", "-W", "5")()
+    assert kept == config
