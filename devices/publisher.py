@@ -1,73 +1,140 @@
-"""Publishes what a device sees: ``status``, ``info``, ``prediction``, ``state``, at QoS 1."""
+"""Publishes what a device sees: predictions by way of the spool; status, info, state and health as they are now."""
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 import paho.mqtt.client as paho
 from paho.mqtt.reasoncodes import ReasonCode
 
 from edgekit.broker import BrokerAddress
+from edgekit.devices.commands import Commands, response_topic
+from edgekit.devices.home_assistant import Discovery
+from edgekit.devices.spool import Spool, Stored
 from edgekit.errors import BrokerError
-from edgekit.messages import OFFLINE, ONLINE, InfoMessage, PredictionMessage, StateMessage, encode, topic
-from edgekit.mqtt import connect
+from edgekit.messages import (
+    OFFLINE,
+    ONLINE,
+    PREFIX,
+    HealthMessage,
+    InfoMessage,
+    PredictionMessage,
+    SpoolHealth,
+    StateMessage,
+    encode,
+    topic,
+)
+from edgekit.mqtt import Connection
 
 logger = logging.getLogger(__name__)
 
-# Predictions the broker has not acknowledged yet: past this many the pipeline waits for it.
-MAX_UNACKNOWLEDGED = 1000
+# So many messages are under way at most; a broker may allow fewer.
+MAX_INFLIGHT = 100
+# What waited is sent no faster, so that a broker which comes back is not overrun by all its devices.
+REPLAY_PER_S = 500.0
+HEALTH_S = 10.0
+# While messages come the publisher looks for them so often: to wake it for each would cost the thread that predicts
+# more than all else it does for publishing. It sleeps when none has come for so long.
+LOOK_S, IDLE_S = 0.02, 1.0
+# What a broker refuses for want of a right or of room is tried again after so long.
+REFUSED_RETRY_S = 10.0
 # Closing gives up when the broker has acknowledged nothing for so long.
 CLOSE_TIMEOUT_S = 30.0
-# Having been told to stop, it gives up sooner.
+# Told to stop, or without ever having reached the broker, it gives up after so long.
 STOP_TIMEOUT_S = 3.0
+# Who waits for room or for the broker looks so often.
+_WAIT_S = 0.01
+# A broker keeps larger commands to itself.
+_MAX_PACKET_BYTES = 65536
+# The broker's answers that are about this one message, and not about what we may do now.
+_OF_THE_MESSAGE = {"Topic name invalid", "Packet too large", "Payload format invalid", "Retain not supported"}
 
 
 class Publisher:
     """Says ``online`` and ``info`` on each connection, and ``offline`` at the end, by itself or by Last Will.
 
-    Leaving the ``with`` block waits until the broker has acknowledged every message.
+    :meth:`prediction` is for the thread that predicts, and does no more than put the message into shared memory; a
+    thread of its own stores and sends it, and deletes it when the broker has acknowledged it. Leaving the ``with``
+    block waits until the broker has acknowledged every message.
+
+    Args:
+        wait: wait for room where there is none, as a file can; otherwise the message is shed and counted.
+        health: called with the state of the spool every ``HEALTH_S``, for what is to be published as ``health``.
 
     Raises:
-        BrokerError: the broker cannot be reached at the start, or, at the end, has refused messages or not acknowledged
-            them; it says how many.
+        BrokerError: the broker refuses the connection at the start; or, at the end, has not acknowledged all: it says
+            how many, and whether they are kept for the next run.
     """
 
-    def __init__(self, address: BrokerAddress, info: InfoMessage, stream: str, stop: threading.Event) -> None:
-        self._address, self._info, self._stop = address, info, stop
-        device = info.device
-        self._status_topic, self._info_topic = topic(device, "status"), topic(device, "info")
-        self._prediction_topic, self._state_topic = (
-            topic(device, stream, "prediction"),
-            topic(device, stream, "state"),
-        )
-        self._acknowledged = threading.Condition()
-        # Message ids on their way and those acknowledged; an acknowledgement may come before publish has returned.
-        self._sent: set[int] = set()
-        self._acks: set[int] = set()
-        self._refused = 0
-        self._last_ack_s = time.monotonic()
+    def __init__(
+        self,
+        address: BrokerAddress,
+        info: InfoMessage,
+        stream: str,
+        spool: Spool,
+        stop: threading.Event,
+        *,
+        wait: bool = True,
+        prefix: str = PREFIX,
+        health: Callable[[SpoolHealth], HealthMessage] | None = None,
+        commands: Commands | None = None,
+        discovery: Discovery | None = None,
+    ) -> None:
+        self._address, self._info, self._spool, self._stop, self._wait = address, info, spool, stop, wait
+        self._base, self._prefix = topic(info.device, prefix=prefix), prefix
+        self._prediction_topic, self._state_topic = f"{stream}/prediction", f"{self._base}/{stream}/state"
+        self._command_topic, self._status_topic = f"{self._base}/command", f"{self._base}/status"
+        self._health, self._commands, self._discovery = health, commands, discovery
         self._class_id: int | None = -1
-        self._state = b""
-        self._client = connect(
+        self._state, self._state_sent = b"", b""
+        # Of the connection, by message id: predictions and events, and what is sent beside them.
+        self._inflight: dict[int, Stored] = {}
+        self._beside: set[int] = set()
+        self._tokens, self._tokens_s = 0.0, time.monotonic()
+        self._health_s = self._stalled_s = 0.0
+        self._again = False  # what was refused is to be sent again
+        self._refusal = ""
+        self._was_connected, self._idle = False, True
+        self._last_ack_s = time.monotonic()
+        self._ending = self._ended = self._said_offline = False
+        #: Topic filters that it subscribes to.
+        self.filters = (*([self._command_topic] if commands else ()), *(discovery.filters if discovery else ()))
+        self._connection = Connection(
             address,
-            f"edgekit-{device}-{stream}",
+            f"edgekit-{info.device}-{stream}",
             will=(self._status_topic, OFFLINE),
-            on_connect=self._announce,
-            on_publish=self._acknowledge,
+            subscriptions=self.filters,
+            maximum_packet_size=_MAX_PACKET_BYTES,
+            on_connect=self._connected,
+            on_disconnect=self._disconnected,
+            on_message=self._received,
+            on_publish=self._acknowledged,
+            on_subscribe=self._subscribed,
+            on_turn=self._turn,
         )
+        try:
+            self._connection.start(patience_s=None)
+        except BaseException:
+            spool.close()
+            raise
+
+    # -- for the thread that predicts ------------------------------------------------------------------------------
 
     def prediction(self, message: PredictionMessage) -> None:
-        """Publishes ``message``, and the stream's state where its highest class changed.
-
-        Waits while ``MAX_UNACKNOWLEDGED`` messages are on their way, so that a broker that is slow or away costs
-        frames, which the source counts, and not memory.
-        """
-        while self._unacknowledged() >= MAX_UNACKNOWLEDGED and not self._stop.is_set():
-            self._wait(0.2)
-        self._publish(self._prediction_topic, encode(message))
+        """Publishes ``message``, and the stream's state where its highest class changed."""
+        payload = encode(message)
+        while self._wait and self._spool.full and not self._stop.is_set():
+            time.sleep(_WAIT_S)
+        while not self._spool.put(self._prediction_topic, payload):
+            if not self._wait or self._stop.is_set():
+                self._spool.count_shed("memory")
+                break
+            time.sleep(_WAIT_S)
         highest = message.predictions[0] if message.predictions else None
         class_id = highest.class_id if highest else None
         if class_id != self._class_id:
@@ -80,71 +147,180 @@ class Publisher:
                 score=highest.score if highest else None,
             )
             self._state = encode(state)
-            self._publish(self._state_topic, self._state, retain=True)
+        if self._idle:
+            self._connection.wake()
 
     def close(self) -> None:
-        """Waits for the broker to acknowledge everything, says ``offline`` and disconnects."""
-        lost = self._flush()
-        # Said in any case: the broker may be slow and not gone, and a disconnect takes back the Last Will.
-        self._publish(self._status_topic, OFFLINE, retain=True)
-        if not lost and self._flush():
+        """Waits for the broker to acknowledge everything, says ``offline``, disconnects and closes the spool."""
+        left = self._flush()
+        self._ending = True
+        self._connection.wake()
+        deadline_s = time.monotonic() + STOP_TIMEOUT_S
+        while self._connection.connected and not self._ended and time.monotonic() < deadline_s:
+            time.sleep(_WAIT_S)
+        if self._connection.connected and not self._ended:
             logger.warning("broker %s has not acknowledged the last status, offline", self._address)
-        self._client.disconnect()
-        self._client.loop_stop()
-        if lost:
-            raise BrokerError(
-                f"broker {self._address} has not acknowledged {lost} messages", mend="check the broker and run again"
-            )
-        if self._refused:
-            raise BrokerError(
-                f"broker {self._address} refused {self._refused} messages",
-                mend="check its access rules for this user and device id",
-            )
+        self._connection.close()
+        self._spool.close()
+        if not left:
+            return
+        what = f"broker {self._address} has not acknowledged {left} messages"
+        if self._refusal:
+            what = f"broker {self._address} refuses what is published ({self._refusal}): {left} messages are left"
+        if self._spool.path is None:
+            raise BrokerError(what, mend="check the broker and run again")
+        what += f"; they are kept in {self._spool.path}"
+        if self._stop.is_set():
+            logger.warning("%s and sent by the next run", what)
+            return
+        mend = "check its access rules for this user and device id" if self._refusal else "check the broker"
+        raise BrokerError(what, mend=f"{mend}, and run this device and stream again to send them")
 
     def _flush(self) -> int:
         """Waits until all is acknowledged or the broker has been still for too long; how many are left."""
-        self._last_ack_s = time.monotonic()
-        while left := self._unacknowledged():
-            patience_s = STOP_TIMEOUT_S if self._stop.is_set() else CLOSE_TIMEOUT_S
-            if time.monotonic() - self._last_ack_s > patience_s:
+        began_s = self._last_ack_s = time.monotonic()
+        while self._spool.messages:
+            now_s = time.monotonic()
+            if now_s - self._last_ack_s > CLOSE_TIMEOUT_S or (
+                now_s - began_s > STOP_TIMEOUT_S and (self._stop.is_set() or self._refusal or not self._was_connected)
+            ):
                 break
-            self._wait(0.2)
-        return left
+            self._connection.wake()
+            time.sleep(_WAIT_S)
+        return self._spool.messages
 
-    def _announce(self, client: paho.Client) -> None:
-        self._client = client
-        self._publish(self._status_topic, ONLINE, retain=True)
-        self._publish(self._info_topic, encode(self._info), retain=True)
-        if self._state:  # connected again, to a broker that may have forgotten it
+    # -- for the connection's thread -------------------------------------------------------------------------------
+
+    def _turn(self) -> float:
+        now_s = time.monotonic()
+        self._idle = False
+        wish_s = self._spool.store(urgent=not self._connection.connected or (not self._wait and self._spool.half_full))
+        if self._connection.connected:
+            wish_s = min(wish_s, self._send(now_s), self._say(now_s))
+        if now_s - self._spool.stored_s < IDLE_S:
+            return min(wish_s, LOOK_S)
+        self._idle = True
+        return 0.0 if self._spool.unread else wish_s  # put before it could be seen that we are idle
+
+    def _send(self, now_s: float) -> float:
+        """Sends what there is room for under way; returns after how many seconds there may be more to do."""
+        if self._again:
+            if self._inflight or now_s < self._stalled_s:
+                return max(0.1, self._stalled_s - now_s)
+            self._again = False
+            self._spool.mark()
+        self._tokens = min(REPLAY_PER_S / 5, self._tokens + (now_s - self._tokens_s) * REPLAY_PER_S)
+        self._tokens_s = now_s
+        room = min(MAX_INFLIGHT, self._connection.receive_maximum) - len(self._inflight)
+        if room <= 0:
+            return 60.0
+        rows = self._spool.take(room)
+        for number, stored in enumerate(rows):
+            if stored.replayed and self._tokens < 1:
+                self._spool.give_back(rows[number:])
+                return 1 / REPLAY_PER_S
+            self._tokens -= stored.replayed
+            self._send_one(stored)
+        return 60.0
+
+    def _send_one(self, stored: Stored) -> None:
+        payload, to = stored.payload, f"{self._base}/{stored.topic}"
+        if stored.replayed:
+            # Nowhere else: in a string, the quotation marks would have backslashes before them.
+            payload = payload.replace(b'"replayed":false', b'"replayed":true', 1)
+        if len(payload) + len(to) + 32 > self._connection.maximum_packet_size:
+            self._spool.drop(stored, "too large for the broker")
+            return
+        left_s = self._spool.max_age_s - (self._spool.clock_s - stored.stored_s)
+        mid = self._connection.publish(to, payload, expiry_s=max(1, int(left_s)))
+        self._inflight[mid] = stored
+
+    def _say(self, now_s: float) -> float:
+        """What is not about one frame: state, health, discovery and the end; returns as :meth:`_send`."""
+        if self._state is not self._state_sent:
+            self._state_sent = self._state
             self._publish(self._state_topic, self._state, retain=True)
+        if self._health and now_s >= self._health_s:
+            self._health_s = now_s + HEALTH_S
+            self._connection.publish(f"{self._base}/health", encode(self._health(self._spool_health())), qos=0)
+        if self._discovery:
+            for to, payload in self._discovery.turn(now_s):
+                self._publish(to, payload, retain=True)
+        if self._ending and not self._said_offline:
+            self._said_offline = True
+            self._publish(self._status_topic, OFFLINE, retain=True)
+        self._ended = self._said_offline and not self._beside
+        due_s = min(
+            self._health_s if self._health else now_s + 60, self._discovery.due_s if self._discovery else math.inf
+        )
+        return max(0.0, due_s - now_s)
 
-    def _publish(self, to: str, payload: bytes | str, retain: bool = False) -> None:
-        # paho calls _acknowledge with its own lock held: ours must not be held here.
-        sent = self._client.publish(to, payload, qos=1, retain=retain)
-        with self._acknowledged:
-            self._sent.add(sent.mid)
+    def _publish(self, to: str, payload: bytes | str, retain: bool = False, correlation: bytes | None = None) -> None:
+        self._beside.add(self._connection.publish(to, payload, retain=retain, correlation_data=correlation))
 
-    def _acknowledge(self, mid: int, reason: ReasonCode) -> None:
-        with self._acknowledged:
-            if reason.is_failure:  # MQTT 5 only: an older broker drops what it does not allow and says nothing
-                if not self._refused:
-                    logger.error("broker %s refuses what is published: %s", self._address, reason)
-                self._refused += 1
-            self._acks.add(mid)
+    def _spool_health(self) -> SpoolHealth:
+        spool = self._spool
+        return SpoolHealth(
+            messages=spool.messages,
+            bytes=spool.bytes,
+            oldest_s=round(spool.oldest_s, 3) if spool.messages else None,
+            shed=dict(spool.shed),
+        )
+
+    def _connected(self) -> None:
+        self._was_connected, self._again = True, False
+        self._spool.mark()
+        self._publish(self._status_topic, ONLINE, retain=True)
+        self._publish(f"{self._base}/info", encode(self._info), retain=True)
+        self._state_sent = b""  # the broker may have forgotten it
+        if self._discovery:
+            self._discovery.on_connect(time.monotonic())
+
+    def _disconnected(self) -> None:
+        self._inflight.clear()
+        self._beside.clear()
+        self._said_offline = False
+        self._spool.mark()
+
+    def _acknowledged(self, mid: int, reason: ReasonCode) -> None:
+        stored = self._inflight.pop(mid, None)
+        name = reason.getName() if reason.is_failure else ""
+        if stored is None:
+            self._beside.discard(mid)
+            if name:
+                self._tell_refusal(name)
+        elif not name:
+            self._spool.delete(stored)
+            self._refusal = ""
             self._last_ack_s = time.monotonic()
-            self._acknowledged.notify_all()
+        elif name in _OF_THE_MESSAGE:
+            self._spool.drop(stored, f"refused by the broker: {name.lower()}")
+        else:
+            self._tell_refusal(name)
+            self._again, self._stalled_s = True, time.monotonic() + REFUSED_RETRY_S
 
-    def _unacknowledged(self) -> int:
-        with self._acknowledged:
-            both = self._sent & self._acks
-            self._sent -= both
-            self._acks -= both
-            return len(self._sent)
+    def _tell_refusal(self, name: str) -> None:
+        if self._refusal != name.lower():
+            self._refusal = name.lower()
+            logger.error(
+                "broker %s refuses what is published: %s; check its access rules", self._address, self._refusal
+            )
 
-    def _wait(self, timeout_s: float) -> None:
-        with self._acknowledged:
-            if not self._acks:
-                self._acknowledged.wait(timeout_s)
+    def _subscribed(self, reasons: list[ReasonCode]) -> None:
+        if any(reason.is_failure for reason in reasons):
+            logger.warning("broker %s refuses a subscription: commands may not arrive", self._address)
+
+    def _received(self, message: paho.MQTTMessage) -> None:
+        if message.topic != self._command_topic:
+            if self._discovery:
+                self._discovery.on_message(message.topic, message.payload, time.monotonic())
+            return
+        if not self._commands:
+            return
+        answer = self._commands.answer(message.payload, retained=message.retain)
+        asked_for = getattr(message.properties, "ResponseTopic", "")
+        if answer is not None and (to := response_topic(asked_for, self._info.device, prefix=self._prefix)):
+            self._publish(to, answer, correlation=getattr(message.properties, "CorrelationData", None))
 
     def __enter__(self) -> Publisher:
         return self

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from edgekit.decode import Prediction
     from edgekit.devices.bench import bench
     from edgekit.devices.interpreter import load
-    from edgekit.devices.pipeline import run, stream
+    from edgekit.devices.run import run, stream
     from edgekit.inspection import inspect
     from edgekit.subscriber import Subscriber
 
@@ -59,8 +59,8 @@ _LAZY = {
     "inspect": "edgekit.inspection",
     "kernel": "edgekit.custom_ops",
     "load": "edgekit.devices.interpreter",
-    "run": "edgekit.devices.pipeline",
-    "stream": "edgekit.devices.pipeline",
+    "run": "edgekit.devices.run",
+    "stream": "edgekit.devices.run",
 }
 
 # In a checkout the two sides lie beside this folder, in a wheel inside it.

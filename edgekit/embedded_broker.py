@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -73,10 +73,18 @@ class EmbeddedBroker:
         await broker.start()
         return broker
 
-    def wait_for_subscriber(self, timeout_s: float, stop: threading.Event) -> bool:
-        """Waits until someone has subscribed; False if no one did within ``timeout_s`` or before ``stop``."""
-        _wait(lambda: bool(self._broker.subscriptions) or stop.is_set(), timeout_s)
-        return bool(self._broker.subscriptions)
+    def wait_for_subscriber(self, timeout_s: float, stop: threading.Event, besides: Sequence[str] = ()) -> bool:
+        """Waits until someone has subscribed; False if no one did within ``timeout_s`` or before ``stop``.
+
+        Args:
+            besides: topic filters that do not count: they are our own.
+        """
+
+        def subscribed() -> bool:
+            return any(topic_filter not in besides for topic_filter in tuple(self._broker.subscriptions))
+
+        _wait(lambda: subscribed() or stop.is_set(), timeout_s)
+        return subscribed()
 
     def drain(self, timeout_s: float) -> bool:
         """Waits until the subscribers have acknowledged all that was published."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import random
 import selectors
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 _NAMES = {MQTTProtocolVersion.MQTTv5: "MQTT 5", MQTTProtocolVersion.MQTTv311: "MQTT 3.1.1"}
 
 KEEP_ALIVE_S = 30
+# Packets are read up to so many before it is the turn of others.
+_READS = 100
 # For the connection, and for the broker's answer, each.
 ANSWER_TIMEOUT_S = 10.0
 # A connection that is not waited for is given so long to come or be refused.
@@ -54,6 +57,49 @@ _TEMPORARY = {
 def unique_client_id(purpose: str) -> str:
     """A client id that no other client has; a second client of the same id would throw the first one out."""
     return f"edgekit-{purpose}-{uuid.uuid4().hex[:8]}"
+
+
+class _ReadAhead:
+    """A socket that asks the system for as much as there is: paho asks for each byte of a header by itself."""
+
+    def __init__(self, sock: Any) -> None:
+        self._sock = sock
+        self._ahead = memoryview(b"")
+
+    def recv(self, size: int) -> bytes:
+        if not self._ahead:
+            self._ahead = memoryview(self._sock.recv(max(size, 16384)))
+        part, self._ahead = self._ahead[:size], self._ahead[size:]
+        return bytes(part)
+
+    def pending(self) -> int:
+        """Bytes that were received and not read, of which the system knows nothing."""
+        return len(self._ahead) + (self._sock.pending() if isinstance(self._sock, ssl.SSLSocket) else 0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+
+class _Packed(Properties):
+    """Properties that are not packed anew for each message: that alone takes longer than to send it."""
+
+    packed: bytes | None = None
+
+    def pack(self) -> bytes:
+        if self.packed is None:
+            # past the check of names in Properties.__setattr__
+            object.__setattr__(self, "packed", super().pack())
+        return self.packed or b""
+
+
+@functools.lru_cache(maxsize=8)
+def _properties(expiry_s: int | None, correlation_data: bytes | None) -> Properties:
+    properties = _Packed(PacketTypes.PUBLISH)
+    if expiry_s is not None:
+        properties.MessageExpiryInterval = expiry_s
+    if correlation_data is not None:
+        properties.CorrelationData = correlation_data
+    return properties
 
 
 class Connection:
@@ -113,6 +159,7 @@ class Connection:
         self.receive_maximum, self.maximum_packet_size = 65535, 2**28
         self._settled = False  # on the protocol: it was accepted once
         self._client: paho.Client | None = None
+        self._sock: _ReadAhead | None = None
         self._dialling = False
         self._dialled: tuple[paho.Client, Exception | None] | None = None
         self._answer: ReasonCode | None = None
@@ -207,11 +254,7 @@ class Connection:
         """Sends a message; its id. ``expiry_s``: the broker keeps it for so long for who is away (MQTT 5)."""
         properties = None
         if self.protocol == MQTTProtocolVersion.MQTTv5 and (expiry_s is not None or correlation_data is not None):
-            properties = Properties(PacketTypes.PUBLISH)
-            if expiry_s is not None:
-                properties.MessageExpiryInterval = expiry_s
-            if correlation_data is not None:
-                properties.CorrelationData = correlation_data
+            properties = _properties(expiry_s, correlation_data)
         return self.client.publish(topic, payload, qos, retain, properties).mid
 
     def subscribe(self, *topic_filters: str) -> None:
@@ -245,12 +288,12 @@ class Connection:
                 self._dial()
             else:
                 wait_s = min(wait_s, self._retry_s - now_s)
-        sock = self._client.socket() if self._client else None
+        sock = self._sock
         if self._client and sock:
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._client.want_write() else 0)
             if self._selector.get_key(sock).events != events:
                 self._selector.modify(sock, events)
-            if isinstance(sock, ssl.SSLSocket) and sock.pending():
+            if sock.pending():
                 wait_s = 0.0
         ready = {key.fileobj: events for key, events in self._selector.select(wait_s)}
         if self._wake_r in ready:
@@ -321,26 +364,31 @@ class Connection:
             self._fail(f"broker {self.address} cannot be reached ({error or 'hung up'})", mend)
             return
         self._client, self._since_s = client, time.monotonic()
-        self._selector.register(sock, selectors.EVENT_READ)
+        client._sock = self._sock = _ReadAhead(sock)  # type: ignore[assignment]  # paho has no way to give it one
+        self._selector.register(self._sock, selectors.EVENT_READ)
 
     def _serve(self, client: paho.Client, events: int) -> None:
-        sock = client.socket()
+        sock = self._sock
         while self._acks:
             of_client, mid = self._acks.popleft()
             if of_client is client:
                 client.ack(mid, 1)
-        if events & selectors.EVENT_READ or (isinstance(sock, ssl.SSLSocket) and sock.pending()):
+        if sock and (events & selectors.EVENT_READ or sock.pending()):
             client.loop_read()
+            for _ in range(_READS):
+                if not sock.pending() or client.socket() is None:
+                    break
+                client.loop_read()
         if client.want_write():
             client.loop_write()
         client.loop_misc()
         if self._answer is not None and not self.connected:
-            self._judge(client, self._answer)
+            self._judge(self._answer)
         elif not self.connected and time.monotonic() - self._since_s > ANSWER_TIMEOUT_S:
-            self._drop(client)
+            self._drop()
             self._hung_up()
         elif client.socket() is None:  # _disconnected has told why
-            self._drop(client)
+            self._drop()
             if not self.connected:
                 self._hung_up()
             else:
@@ -350,10 +398,10 @@ class Connection:
         self._answer, self._answer_properties = reason, properties
         self.session_present = bool(flags.session_present)
 
-    def _judge(self, client: paho.Client, answer: ReasonCode) -> None:
+    def _judge(self, answer: ReasonCode) -> None:
         name = answer.getName()
         if answer.is_failure:
-            self._drop(client)
+            self._drop()
             if name == "Unsupported protocol version":
                 self._hung_up()
             elif name in _TEMPORARY:
@@ -427,18 +475,17 @@ class Connection:
         self._failures += 1
         self._retry_s = time.monotonic() + wait_s * random.uniform(0.5, 1.0)
 
-    def _drop(self, client: paho.Client) -> None:
+    def _drop(self) -> None:
         """Forgets the connection. paho may have closed its socket, which the selector still lists then."""
         self._client = None
-        for key in list(self._selector.get_map().values()):
-            if key.fileobj is not self._wake_r:
-                self._selector.unregister(key.fileobj)
-        if sock := client.socket():
-            sock.close()
+        if self._sock:
+            self._selector.unregister(self._sock)
+            self._sock.close()
+            self._sock = None
 
     def _recover(self) -> None:
         if self._client:
-            self._drop(self._client)
+            self._drop()
         if self.connected:
             self._lost()
         else:
@@ -461,7 +508,7 @@ class Connection:
                     break
                 time.sleep(0.005)
         if client:
-            self._drop(client)
+            self._drop()
 
 
 def connect(

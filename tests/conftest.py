@@ -20,6 +20,14 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 COLOURS = {"red": (230, 30, 30), "green": (30, 230, 30), "blue": (30, 30, 230)}
 
 
+@pytest.fixture(autouse=True)
+def state_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Spools lie in a folder of the test's own."""
+    folder = tmp_path_factory.mktemp("state")
+    monkeypatch.setenv("XDG_STATE_HOME", str(folder))
+    return folder
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first: those that need TensorFlow last."""
     items.sort(key=lambda item: item.get_closest_marker("host") is not None)
@@ -176,6 +184,23 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def predictions() -> Callable[..., list[dict[str, Any]]]:
+    """Payloads of predictions with these ``seq``."""
+
+    def payloads(*seqs: int, **changes: Any) -> list[dict[str, Any]]:
+        always = {
+            "schema": "edgekit.prediction/1", "id": "b-1", "boot_id": "b", "device": "pi", "stream": "door",
+            "captured_at": "2026-11-22T03:04:05.678Z", "replayed": False,
+            "bundle": {"name": "n", "version": "1", "sha256": "00"}, "delegate": "cpu",
+            "latency_ms": {"preprocess": 0.4, "inference": 2.8, "total": 3.4},
+            "predictions": [{"class_id": 3, "label": "macaw", "score": 0.91}],
+        }  # fmt: skip
+        return [{**always, "seq": seq, **changes} for seq in seqs]
+
+    return payloads
+
+
+@pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     def find() -> int:
         with socket.socket() as probe:
@@ -216,6 +241,16 @@ class Mosquitto:
 
     def resume(self) -> None:
         self._process.send_signal(signal.SIGCONT)
+
+    def publish(self, topic: str, *payloads: object) -> None:
+        """Publishes texts, and other things as JSON, with QoS 1 and over one connection."""
+        lines = [payload if isinstance(payload, str) else json.dumps(payload) for payload in payloads]
+        subprocess.run(
+            ["mosquitto_pub", "-h", "127.0.0.1", "-p", str(self.port), "-q", "1", "-t", topic, "-l"],
+            input="\n".join([*lines, ""]),
+            text=True,
+            check=True,
+        )
 
     def subscribe(self, topic: str, *options: str) -> Callable[[], list[tuple[str, Any]]]:
         """Starts a ``mosquitto_sub``; the result waits for it to end and returns what it received, JSON decoded."""

@@ -44,7 +44,7 @@ def test_help_loads_nothing_heavy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["interpreter", "sources", "audio_sources", "pipeline", "publisher"], ids=lambda name: f"devices.{name}"
+    "module", ["interpreter", "sources", "audio_sources", "run", "publisher"], ids=lambda name: f"devices.{name}"
 )
 def test_devices_import_without_tensorflow(module: str, tmp_path: Path) -> None:
     loaded = loaded_after(f"import edgekit.devices.{module}", tmp_path)
