@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -20,15 +19,6 @@ from edgekit.accounting import Accounting
 from edgekit.embedded_broker import EmbeddedBroker
 from edgekit.errors import BrokerError, EdgekitError
 from edgekit.messages import PredictionMessage
-
-PREDICTION = {
-    "schema": "edgekit.prediction/1", "id": "b-1", "boot_id": "b", "seq": 1, "device": "pi", "stream": "door",
-    "captured_at": "2026-11-22T03:04:05.678Z", "replayed": False,
-    "bundle": {"name": "n", "version": "1", "sha256": "00"}, "delegate": "cpu",
-    "latency_ms": {"preprocess": 0.4, "inference": 2.8, "total": 3.4},
-    "predictions": [{"class_id": 3, "label": "macaw", "score": 0.91}],
-}  # fmt: skip
-
 
 OTHERS = {
     "event": {
@@ -55,21 +45,6 @@ OTHERS = {
 TOPIC = "edgekit/pi/door/prediction"
 
 
-def publish(broker: Any, topic: str, *payloads: object) -> None:
-    """All over one connection."""
-    lines = [payload if isinstance(payload, str) else json.dumps(payload) for payload in payloads]
-    subprocess.run(
-        ["mosquitto_pub", "-h", "127.0.0.1", "-p", str(broker.port), "-q", "1", "-t", topic, "-l"],
-        input="\n".join([*lines, ""]),
-        text=True,
-        check=True,
-    )
-
-
-def predictions(*seqs: int, **changes: Any) -> list[dict[str, Any]]:
-    return [{**PREDICTION, "seq": seq, **changes} for seq in seqs]
-
-
 def seqs_until_silence(subscriber: Subscriber, silence_s: float = 0.5) -> list[int]:
     seqs = []
     try:
@@ -88,20 +63,20 @@ def lasting(mosquitto: Callable[..., Any], tmp_path: Path) -> Any:
     return mosquitto("allow_anonymous true", "persistence true", f"persistence_location {tmp_path}/", "user root")
 
 
-def test_message_is_typed(broker: Any) -> None:
+def test_message_is_typed(broker: Any, predictions: Any) -> None:
     with Subscriber(broker.url, device="pi", stream="door") as subscriber:
-        publish(broker, TOPIC, PREDICTION)
+        broker.publish(TOPIC, *predictions(1))
         message = subscriber.next(10)
     assert (message.kind, message.device, message.stream) == ("prediction", "pi", "door")
     assert (message.label, message.score, message.captured_at) == ("macaw", 0.91, "2026-11-22T03:04:05.678Z")
-    assert message.prediction == msgspec.convert(PREDICTION, PredictionMessage)
+    assert message.prediction == msgspec.convert(*predictions(1), PredictionMessage)
 
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_message_of_another_kind_is_typed(broker: Any, kind: Any) -> None:
     topic = f"edgekit/pi/{kind}" if kind in ("info", "health") else f"edgekit/pi/door/{kind}"
     with Subscriber(broker.url, kinds=(kind,)) as subscriber:
-        publish(broker, topic, OTHERS[kind])
+        broker.publish(topic, OTHERS[kind])
         message = subscriber.next(10)
     assert message.payload == json.loads(msgspec.json.encode(getattr(message, kind))) == OTHERS[kind]
     named = kind in ("event", "state")
@@ -109,51 +84,53 @@ def test_message_of_another_kind_is_typed(broker: Any, kind: Any) -> None:
     assert message.captured_at == ("2026-11-22T03:04:05.678Z" if named else None)
 
 
-def test_missing_holds_the_seqs_that_never_came(broker: Any) -> None:
+def test_missing_holds_the_seqs_that_never_came(broker: Any, predictions: Any) -> None:
     with Subscriber(broker.url) as subscriber:
-        publish(broker, TOPIC, *predictions(5, 6, 9, 10), *predictions(1, boot_id="c"))
+        broker.publish(TOPIC, *predictions(5, 6, 9, 10), *predictions(1, boot_id="c"))
         assert [list(subscriber.next(10).missing) for _ in range(5)] == [[], [], [7, 8], [], []]
         assert str(subscriber.accounting).startswith("2 missing (pi/door 'b' 7-8): 5 predictions of 1 stream")
 
 
-def test_duplicate_is_told(broker: Any) -> None:
+def test_duplicate_is_told(broker: Any, predictions: Any) -> None:
     with Subscriber(broker.url) as subscriber:
-        publish(broker, TOPIC, *predictions(1, 2), *predictions(1, replayed=True))
+        broker.publish(TOPIC, *predictions(1, 2), *predictions(1, replayed=True))
         assert [subscriber.next(10).duplicate for _ in range(3)] == [False, False, True]
         assert "1 duplicate (all replayed)" in str(subscriber.accounting)
 
 
-def test_prefix_may_have_several_levels(broker: Any) -> None:
+def test_prefix_may_have_several_levels(broker: Any, predictions: Any) -> None:
     with Subscriber(broker.url, prefix="site/hall-2", device="pi") as subscriber:
-        publish(broker, "site/hall-2/pi/door/prediction", PREDICTION)
+        broker.publish("site/hall-2/pi/door/prediction", *predictions(1))
         assert subscriber.next(10).device == "pi"
 
 
-def test_only_what_was_asked_for_arrives(broker: Any) -> None:
+def test_only_what_was_asked_for_arrives(broker: Any, predictions: Any) -> None:
     with Subscriber(broker.url, device="pi", kinds=("prediction", "status")) as subscriber:
-        publish(broker, "edgekit/other/door/prediction", PREDICTION)
-        publish(broker, "edgekit/pi/door/state", {"a": 1})
-        publish(broker, "edgekit/pi/status", "online")
+        broker.publish("edgekit/other/door/prediction", *predictions(1))
+        broker.publish("edgekit/pi/door/state", {"a": 1})
+        broker.publish("edgekit/pi/status", "online")
         message = subscriber.next(10)
         assert (message.kind, message.device, message.payload, message.label) == ("status", "pi", "online", None)
         with pytest.raises(TimeoutError):
             subscriber.next(0.3)
 
 
-def test_message_of_others_is_skipped_with_a_warning(broker: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_message_of_others_is_skipped_with_a_warning(
+    broker: Any, caplog: pytest.LogCaptureFixture, predictions: Any
+) -> None:
     caplog.set_level(logging.WARNING)
     with Subscriber(broker.url) as subscriber:
-        publish(broker, TOPIC, "not JSON", "[" * 100_000, *predictions(2**63), {**PREDICTION, "seq": "many"})
-        publish(broker, "edgekit/other/door/prediction", PREDICTION)  # in the name of pi
-        publish(broker, TOPIC, PREDICTION)
+        broker.publish(TOPIC, "not JSON", "[" * 100_000, *predictions(2**63), *predictions("many"))
+        broker.publish("edgekit/other/door/prediction", *predictions(1))  # in the name of pi
+        broker.publish(TOPIC, *predictions(1))
         assert subscriber.next(10).label == "macaw"
     assert caplog.text.count("skipped") == 5
     assert subscriber.accounting.predictions == 1
 
 
-def test_group_shares_the_messages_and_accounts_for_them_together(broker: Any) -> None:
+def test_group_shares_the_messages_and_accounts_for_them_together(broker: Any, predictions: Any) -> None:
     with Subscriber(broker.url, group="g") as one, Subscriber(broker.url, group="g") as other:
-        publish(broker, TOPIC, *predictions(*range(1, 8), *range(9, 22)))
+        broker.publish(TOPIC, *predictions(*range(1, 8), *range(9, 22)))
         received = [seqs_until_silence(subscriber) for subscriber in (one, other)]
     assert received[0] and received[1]
     assert sorted(received[0] + received[1]) == [*range(1, 8), *range(9, 22)]
@@ -166,9 +143,9 @@ def subscribe_again(broker: Any, **options: Any) -> Subscriber:
     return Subscriber(broker.url, client_id="archive", session_expiry_s=60, **options)
 
 
-def test_session_keeps_what_comes_while_we_are_away(lasting: Any) -> None:
+def test_session_keeps_what_comes_while_we_are_away(lasting: Any, predictions: Any) -> None:
     subscribe_again(lasting).close()
-    publish(lasting, TOPIC, *predictions(1, 2, 3))
+    lasting.publish(TOPIC, *predictions(1, 2, 3))
     with subscribe_again(lasting) as subscriber:
         assert seqs_until_silence(subscriber) == [1, 2, 3]
 
@@ -177,9 +154,11 @@ def test_session_keeps_what_comes_while_we_are_away(lasting: Any) -> None:
     ("end", "again"),
     [("finish", [3]), ("fail", [2, 3]), ("close", [2, 3]), ("ack and close", [3]), ("time out", [3])],
 )
-def test_message_comes_again_if_its_consumer_did_not_finish_it(lasting: Any, end: str, again: list[int]) -> None:
+def test_message_comes_again_if_its_consumer_did_not_finish_it(
+    lasting: Any, end: str, again: list[int], predictions: Any
+) -> None:
     subscriber = subscribe_again(lasting)
-    publish(lasting, TOPIC, *predictions(1, 2))
+    lasting.publish(TOPIC, *predictions(1, 2))
     assert [subscriber.next(10).prediction.seq for _ in range(2)] == [1, 2]  # type: ignore[union-attr]
     if end == "finish":
         with subscriber:
@@ -194,49 +173,49 @@ def test_message_comes_again_if_its_consumer_did_not_finish_it(lasting: Any, end
         if end == "ack and close":
             subscriber.ack()
         subscriber.close()
-    publish(lasting, TOPIC, *predictions(3))
+    lasting.publish(TOPIC, *predictions(3))
     with subscribe_again(lasting) as subscriber:
         assert seqs_until_silence(subscriber) == again
 
 
-def test_broker_that_comes_back_sends_nothing_twice_that_was_not_handed_out(lasting: Any) -> None:
+def test_broker_that_comes_back_sends_nothing_twice_that_was_not_handed_out(lasting: Any, predictions: Any) -> None:
     """Five wait here when it goes, one of them in hand; the broker has all of them in its session."""
     with subscribe_again(lasting) as subscriber:
-        publish(lasting, TOPIC, *predictions(1, 2, 3, 4, 5))
+        lasting.publish(TOPIC, *predictions(1, 2, 3, 4, 5))
         assert subscriber.next(10).prediction.seq == 1  # type: ignore[union-attr]
         lasting.stop()
         lasting.start()
-        publish(lasting, TOPIC, *predictions(6))
+        lasting.publish(TOPIC, *predictions(6))
         received = [subscriber.next(20).prediction.seq, *seqs_until_silence(subscriber, 1)]  # type: ignore[union-attr]
     assert set(received) == {1, 2, 3, 4, 5, 6}
     accounting = subscriber.accounting
     assert (accounting.missing, accounting.duplicates, accounting.duplicates_unflagged) == (0, 1, 0)
 
 
-def test_consumer_of_a_group_that_died_at_work_finds_its_share_again(lasting: Any) -> None:
+def test_consumer_of_a_group_that_died_at_work_finds_its_share_again(lasting: Any, predictions: Any) -> None:
     with Subscriber(lasting.url, group="g") as other:
         with pytest.raises(ZeroDivisionError), subscribe_again(lasting, group="g") as one:
-            publish(lasting, TOPIC, *predictions(1, 2, 3, 4))
+            lasting.publish(TOPIC, *predictions(1, 2, 3, 4))
             one.next(10)
             raise ZeroDivisionError
-        publish(lasting, TOPIC, *predictions(5, 6, 7, 8))
+        lasting.publish(TOPIC, *predictions(5, 6, 7, 8))
         with subscribe_again(lasting, group="g") as again:
             received = [seqs_until_silence(other), seqs_until_silence(again)]
     assert all(received) and sorted(received[0] + received[1]) == [*range(1, 9)]
 
 
-def test_broker_that_forgot_the_session_takes_nothing_from_us(broker: Any) -> None:
+def test_broker_that_forgot_the_session_takes_nothing_from_us(broker: Any, predictions: Any) -> None:
     with subscribe_again(broker) as subscriber:
-        publish(broker, TOPIC, *predictions(1, 2, 3))
+        broker.publish(TOPIC, *predictions(1, 2, 3))
         assert subscriber.next(10).prediction.seq == 1  # type: ignore[union-attr]
         broker.stop()
         broker.start()
         assert seqs_until_silence(subscriber) == [2, 3]
 
 
-def test_no_more_wait_than_receive_maximum(broker: Any) -> None:
+def test_no_more_wait_than_receive_maximum(broker: Any, predictions: Any) -> None:
     with Subscriber(broker.url, receive_maximum=5) as subscriber:
-        publish(broker, TOPIC, *predictions(*range(1, 41)))
+        broker.publish(TOPIC, *predictions(*range(1, 41)))
         deadline = time.monotonic() + 10
         while len(subscriber._messages) < 5 and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -252,15 +231,15 @@ def test_close_in_another_thread_ends_the_loop(broker: Any) -> None:
         subscriber.next()
 
 
-def test_async_for_receives(broker: Any) -> None:
+def test_async_for_receives(broker: Any, predictions: Any) -> None:
     async def receive() -> list[int]:
         seqs = []
         async with Subscriber(broker.url) as subscriber:
-            await asyncio.to_thread(publish, broker, TOPIC, *predictions(1, 2))
+            await asyncio.to_thread(broker.publish, TOPIC, *predictions(1, 2))
             async for message in subscriber:
                 seqs.append(message.prediction.seq)  # type: ignore[union-attr]
                 if len(seqs) == 2:  # with nothing waiting
-                    threading.Timer(0.2, publish, (broker, TOPIC, *predictions(3))).start()
+                    threading.Timer(0.2, broker.publish, (TOPIC, *predictions(3))).start()
                 if len(seqs) == 3:
                     break
         return seqs
@@ -268,12 +247,12 @@ def test_async_for_receives(broker: Any) -> None:
     assert asyncio.run(receive()) == [1, 2, 3]
 
 
-def test_await_that_is_cancelled_loses_no_message(broker: Any) -> None:
+def test_await_that_is_cancelled_loses_no_message(broker: Any, predictions: Any) -> None:
     async def receive() -> int:
         async with Subscriber(broker.url) as subscriber:
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(anext(subscriber), 0.05)
-            await asyncio.to_thread(publish, broker, TOPIC, *predictions(7))
+            await asyncio.to_thread(broker.publish, TOPIC, *predictions(7))
             message = await asyncio.wait_for(anext(subscriber), 10)
             return message.prediction.seq  # type: ignore[union-attr]
 
