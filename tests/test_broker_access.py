@@ -46,7 +46,7 @@ class Client:
         device = (hub.folder / f"{who}.crt").exists()
         if device:
             self.paho.tls_set(hub.folder / "ca.crt", hub.folder / f"{who}.crt", hub.folder / f"{who}.key")
-        else:
+        elif (hub.folder / "ca.crt").exists():
             self.paho.tls_set(hub.folder / "ca.crt")
             self.paho.username_pw_set(who, f"secret of {who}")
         if will:
@@ -81,7 +81,8 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not shutil.which("openssl"):
         pytest.skip("no openssl here")
     folder = tmp_path_factory.mktemp("certificates")
-    for arguments in (["ca"], ["server", "localhost", "127.0.0.1"], ["device", "pi-4"], ["device", "pi-5"]):
+    devices = [["device", name] for name in ("pi-4", "pi-5", "site-7")]
+    for arguments in (["ca"], ["server", "localhost", "127.0.0.1"], *devices):
         result = certificate(folder, *arguments)
         assert result.returncode == 0, result.stderr
     for user in ("archive", "operator", "homeassistant"):
@@ -110,8 +111,8 @@ def hub(
         config = config.replace(there, here)
     (tmp_path / "conf.d").mkdir()
     (tmp_path / "conf.d" / "edgekit.conf").write_text(config)
-    broker = mosquitto(f"include_dir {tmp_path / 'conf.d'}", "user root")
-    hub.acl, hub.reload = tmp_path / "devices.acl", lambda: broker._process.send_signal(signal.SIGHUP)
+    hub.broker = mosquitto(f"include_dir {tmp_path / 'conf.d'}", "user root")
+    hub.acl, hub.reload = tmp_path / "devices.acl", lambda: hub.broker._process.send_signal(signal.SIGHUP)
     yield hub
     for client in hub.clients:
         client.close()
@@ -229,6 +230,43 @@ def test_device_is_locked_out_by_its_id(hub: SimpleNamespace) -> None:
     while device.publish("edgekit/pi-4/status") != "Not authorized":
         assert time.monotonic() < deadline
     assert other.publish("edgekit/pi-5/status") == "No matching subscribers"
+
+
+def test_bridge_of_a_site_keeps_what_comes_while_the_hub_is_away(
+    hub: SimpleNamespace, mosquitto: Callable[..., Any], tmp_path: Path
+) -> None:
+    rules = hub.acl.read_text()
+    of_site = rules.partition("#user site-7")[2].partition("\n\n")[0]
+    hub.acl.write_text(rules.replace(of_site, of_site.replace("\n#", "\n")).replace("#user site-7", "user site-7"))
+    hub.reload()
+    bridge = (EXAMPLE / "bridge.conf").read_text()
+    for there, here in {
+        "/etc/mosquitto/certs/": f"{hub.folder}/",
+        "hub.lan:8883": f"localhost:{hub.devices_port}",
+        "restart_timeout 1 30": "restart_timeout 1",
+    }.items():
+        assert there in bridge
+        bridge = bridge.replace(there, here)
+    broker = mosquitto("allow_anonymous true", "user root", *bridge.splitlines())
+    site = SimpleNamespace(folder=tmp_path, consumers_port=broker.port, clients=hub.clients)
+    device, operator = Client(site, "pi-4"), Client(hub, "operator")
+    device.subscribe("edgekit/pi-4/command")
+    operator.subscribe("edgekit/pi-4/response/#")
+    deadline = time.monotonic() + 20
+    while device.received.empty():  # until the bridge stands
+        operator.publish("edgekit/pi-4/command", "ping")
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    device.publish("edgekit/pi-4/response/operator/1", "pong")
+    assert operator.received.get(timeout=10) == ("edgekit/pi-4/response/operator/1", b"pong")
+    hub.broker.stop()
+    streams = [f"edgekit/pi-4/door-{number:02}/state" for number in range(30)]
+    for stream in streams:
+        device.publish(stream, "away", retain=True)
+    hub.broker.start()
+    consumer = Client(hub, "archive")
+    consumer.subscribe("edgekit/+/+/state")
+    assert sorted_messages(consumer, 30) == [(stream, b"away") for stream in streams]
 
 
 @pytest.mark.parametrize("arguments", [["device", "Pi 4"], ["device", "../pi"], ["device", "ca"], ["server"], []])
