@@ -213,9 +213,16 @@ class Accounting:
             accounting._streams.setdefault((boot.device, boot.stream), {})[boot.boot_id] = boot
         return accounting
 
+    def of(self, device: str, stream: str) -> Accounting:
+        """That of one stream alone, which goes on with this one."""
+        one = Accounting(partial=self.partial)
+        one._streams = {(device, stream): self._streams.get((device, stream), {})}
+        return one
+
     @property
     def boots(self) -> list[Boot]:
-        return [boot for boots in self._streams.values() for boot in boots.values()]
+        # lists: another thread may add one meanwhile
+        return [boot for boots in list(self._streams.values()) for boot in list(boots.values())]
 
     @property
     def predictions(self) -> int:

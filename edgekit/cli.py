@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import click
 
@@ -205,6 +206,27 @@ def _thresholds(given: tuple[str, ...]) -> dict[str, float]:
     return by_label
 
 
+def _broker_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The options of a broker's certificates and password, joined with its URL into ``broker``."""
+
+    @click.option("--cafile", metavar="FILE", help="For mqtts: trust this authority (PEM) and no other.")
+    @click.option("--cert", "certfile", metavar="FILE", help="For mqtts: our certificate (PEM).")
+    @click.option("--key", "keyfile", metavar="FILE", help="For mqtts: its key (PEM, without a password).")
+    @click.option("--password-file", metavar="FILE", help="The broker's password, in the first line of this file.")
+    @functools.wraps(function)
+    def wrapped(broker: str, **options: Any) -> None:
+        from edgekit.broker import parse_broker
+
+        files = {name: options.pop(name) for name in ("cafile", "certfile", "keyfile", "password_file")}
+        is_url = broker not in ("none", "embedded") and not broker.startswith("embedded:")
+        address = parse_broker(broker, **files) if is_url else broker
+        if is_url and urlsplit(broker).password:
+            logger.warning("the password in --broker shows in the process list; give --password-file instead")
+        function(broker=address, **options)
+
+    return wrapped
+
+
 _kernels = click.option(
     "--ops",
     multiple=True,
@@ -245,8 +267,49 @@ _kernels = click.option(
 @click.option("--loop", is_flag=True, help="Start a file source again at its end.")
 @click.option("--labels", metavar="FILE", help="A label file to use instead of the packed one.")
 @_kernels
+@_broker_options
+@click.option("--prefix", default="edgekit", show_default=True, help="What the topics begin with.")
+@click.option(
+    "--spool",
+    metavar="DIR",
+    help="Keep predictions in this folder until the broker has them.  [default: ~/.local/state/edgekit]",
+)
+@click.option(
+    "--spool-size",
+    "spool_mb",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    metavar="MB",
+    help="Keep no more.",
+)
+@click.option(
+    "--spool-days",
+    type=click.FloatRange(0, min_open=True),
+    default=7,
+    show_default=True,
+    help="Keep none for longer.",
+)
+@click.option("--no-commands", is_flag=True, help="Take no commands over MQTT.")
+@click.option("--no-home-assistant", is_flag=True, help="Do not announce the device to Home Assistant.")
+@click.option(
+    "--label-group",
+    "label_groups",
+    multiple=True,
+    metavar="NAME=LABEL,LABEL",
+    help="A binary sensor of Home Assistant for these labels; may be given again.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print each prediction on stdout too, one JSON object a line.")
-def run(bundle: str, source: str, as_json: bool, **options: Any) -> None:
+def run(
+    bundle: str,
+    source: str,
+    as_json: bool,
+    spool_mb: int,
+    spool_days: float,
+    no_commands: bool,
+    no_home_assistant: bool,
+    **options: Any,
+) -> None:
     """Stream SOURCE through BUNDLE and publish what it sees or hears.
 
     BUNDLE is one for audio tagging, or any .tflite that classifies images.
@@ -279,7 +342,18 @@ def run(bundle: str, source: str, as_json: bool, **options: Any) -> None:
             if progress:
                 progress("frames", message.seq, 0)
 
-        edgekit.run(bundle, source, stop=stop, on_start=started.set, on_prediction=show, **options)
+        edgekit.run(
+            bundle,
+            source,
+            spool_bytes=spool_mb << 20,
+            spool_age_s=spool_days * 86400,
+            commands=not no_commands,
+            home_assistant=not no_home_assistant,
+            stop=stop,
+            on_start=started.set,
+            on_prediction=show,
+            **options,
+        )
     if signal.SIGINT in interrupted:
         raise KeyboardInterrupt
 
@@ -288,51 +362,63 @@ def run(bundle: str, source: str, as_json: bool, **options: Any) -> None:
 @click.option(
     "--broker", default="mqtt://localhost", show_default=True, help="mqtt://[user:pass@]host[:port] or mqtts://…"
 )
+@_broker_options
+@click.option("--prefix", default="edgekit", show_default=True, help="What the topics begin with.")
 @click.option("--device", help="Only this device.")
 @click.option("--stream", help="Only this stream.")
 @click.option("--group", help="Share the messages with the other listeners of this group.")
+@click.option("--client-id", help="Our name at the broker, for --session-expiry.  [default: a random one]")
+@click.option(
+    "--session-expiry",
+    "session_expiry_s",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    metavar="SECONDS",
+    help="Have the broker keep for so long what comes while we are away.  [default: not at all]",
+)
 @click.option("--count", type=click.IntRange(1), help="End after so many predictions.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Fail when nothing arrives for so long.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line: topic and payload.")
-def listen(
-    broker: str,
-    device: str | None,
-    stream: str | None,
-    group: str | None,
-    count: int | None,
-    timeout: float | None,
-    as_json: bool,
-) -> None:
-    """Show predictions, events and status as devices publish them."""
+def listen(broker: Any, count: int | None, timeout: float | None, as_json: bool, **options: Any) -> None:
+    """Show predictions, events and status as devices publish them: a table on a terminal, lines elsewhere.
+
+    At the end it says whether a prediction is missing.
+    """
+
+    def on_terminate(_number: int, _frame: object) -> None:
+        raise SystemExit(0)
+
+    signal.signal(signal.SIGTERM, on_terminate)
     patience_s = 30.0 if timeout is None else timeout
     with edgekit.Subscriber(
-        broker,
-        device=device,
-        stream=stream,
-        kinds=("prediction", "event", "status"),
-        group=group,
-        patience_s=patience_s,
+        broker, kinds=("prediction", "event", "status"), patience_s=patience_s, **options
     ) as subscriber:
         logger.info("listening")
+        shown: Any = nullcontext(_echo_json if as_json else click.echo)
+        if not as_json and sys.stdout.isatty():
+            from edgekit.terminal import live_table
+
+            shown = live_table(subscriber.accounting)
         seen = 0
-        while count is None or seen < count:
-            try:
-                message = subscriber.next(timeout)
-            except TimeoutError as error:
-                raise EdgekitError(f"{error} ({seen} predictions so far)", mend="check that the device runs") from error
-            if as_json:
-                click.echo(json.dumps({"topic": message.topic, "payload": message.payload}, ensure_ascii=False))
-            else:
-                click.echo(_line(message))
-            seen += message.kind == "prediction"
+        try:
+            with shown as show:
+                while count is None or seen < count:
+                    message = subscriber.next(timeout)
+                    show(message)
+                    seen += message.kind == "prediction"
+        except TimeoutError as error:
+            raise EdgekitError(f"{error} ({seen} predictions so far)", mend="check that the device runs") from error
+        finally:
+            click.echo(subscriber.accounting, err=True)
 
 
-def _line(message: Message) -> str:
-    if message.prediction is None:
-        return f"{message.topic}  {message.payload}"
-    named = ", ".join(f"{p.label} {p.score:.2f}" for p in message.prediction.predictions) or "-"
-    gap = f"  [{len(message.missing)} missing]" if message.missing else ""
-    return f"{message.captured_at}  {message.device}/{message.stream}  #{message.prediction.seq}  {named}{gap}"
+def _echo_json(message: Message) -> None:
+    shown = {"topic": message.topic, "payload": message.payload}
+    if message.missing:
+        shown["missing"] = message.missing[0], message.missing[-1]
+    if message.duplicate:
+        shown["duplicate"] = True
+    click.echo(json.dumps(shown, ensure_ascii=False))
 
 
 @_command

@@ -62,6 +62,23 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
             return self.prediction.predictions[0] if self.prediction.predictions else None
         return self.event or self.state
 
+    def __str__(self) -> str:
+        """One line for people, without what could steer a terminal: labels and texts are of whoever may publish."""
+        if not self.prediction:
+            return printable(f"{self.topic}  {self.payload}")
+        named = ", ".join(f"{p.label} {p.score:.2f}" for p in self.prediction.predictions) or "-"
+        notes = {
+            "replayed": self.prediction.replayed,
+            "duplicate": self.duplicate,
+            f"{len(self.missing):,} missing": self.missing,
+        }
+        noted = "".join(f"  [{note}]" for note, holds in notes.items() if holds)
+        return printable(f"{self.captured_at}  {self.device}/{self.stream}  #{self.prediction.seq}  {named}{noted}")
+
+
+def printable(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
 
 def decode(received: MQTTMessage, prefix: str, accounting: Accounting) -> Message:
     """``received`` on a topic below ``prefix``, typed; a prediction is taken into account.

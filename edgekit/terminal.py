@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from edgekit.accounting import Accounting
+    from edgekit.received import Message
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +162,75 @@ def _names(paths: list[str]) -> dict[str, str]:
     """The paths by their last part, where that tells them apart."""
     short = {path: Path(path).name for path in paths}
     return short if len(set(short.values())) == len(set(paths)) else {path: path for path in paths}
+
+
+# A prediction counts for the rate for about so long.
+RATE_S = 5.0
+
+
+@dataclass
+class _Row:
+    """The newest prediction of a stream, and how many came lately, each for less the longer ago it was."""
+
+    newest: Message
+    since_s: float
+    lately: float = 0.0
+    lately_s: float = 0.0
+
+    def add(self, message: Message, now_s: float) -> None:
+        self.newest = message
+        self.lately = self.lately * math.exp((self.lately_s - now_s) / RATE_S) + 1
+        self.lately_s = now_s
+
+    def rate(self, now_s: float) -> float:
+        of_time = RATE_S * -math.expm1(-max(now_s - self.since_s, 1.0) / RATE_S)
+        return self.lately * math.exp((self.lately_s - now_s) / RATE_S) / of_time
+
+
+@contextmanager
+def live_table(accounting: Accounting) -> Iterator[Callable[[Message], None]]:
+    """Gives a callback for each message, and keeps a table of all streams on the terminal, as high as that."""
+    from edgekit.messages import OFFLINE
+    from edgekit.received import printable
+
+    rows: dict[tuple[str, str], _Row] = {}
+    offline: set[str] = set()
+
+    def show(message: Message) -> None:
+        now_s = time.monotonic()
+        if message.kind == "status":
+            (offline.add if message.payload == OFFLINE else offline.discard)(message.device)
+        elif message.kind == "prediction":
+            rows.setdefault((message.device, message.stream), _Row(message, now_s)).add(message, now_s)
+
+    def table() -> Table:
+        now_s, all_rows = time.monotonic(), sorted(rows.items(), key=itemgetter(0))
+        shown = all_rows[: max(1, console.height - 3)]
+        more = len(all_rows) - len(shown)
+        made = Table(box=None, caption=f"and {more:,} more" if more else None, caption_justify="left")
+        for heading in ("device", "stream", "label"):
+            made.add_column(heading, overflow="ellipsis", no_wrap=True)
+        for heading in ("score", "when (UTC)", "rate", "received", "missing", "duplicates"):
+            made.add_column(heading, justify="right", no_wrap=True)
+        for (device, stream), row in shown:
+            came, newest = accounting.of(device, stream), row.newest
+            replayed = newest.prediction and newest.prediction.replayed
+            made.add_row(
+                device + (" (offline)" if device in offline else ""),
+                stream,
+                "-" if newest.label is None else printable(newest.label),
+                "" if newest.score is None else f"{newest.score:.2f}",
+                ("replayed " if replayed else "") + str(newest.captured_at)[11:19],
+                f"{row.rate(now_s):.1f}/s",
+                f"{came.predictions:,}",
+                "?" if came.missing is None else f"{came.missing:,}",
+                f"{came.duplicates:,}",
+            )
+        return made
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    with Live(get_renderable=table, console=console):
+        yield show
 
 
 @contextmanager

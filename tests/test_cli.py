@@ -115,38 +115,6 @@ def test_convert_without_its_packages_says_what_to_install(edgekit_fails: Any, m
     assert "needs the package" in line and "pip install 'edgekit[convert]'" in line
 
 
-def test_listen_shows_lines_a_person_can_read(
-    edgekit_cli: Any, models: Path, frames: Path, broker: Any, until_listening: Any
-) -> None:
-    listening = subprocess.Popen(
-        [sys.executable, "-m", "edgekit", "listen", "--broker", broker.url, "--count", "6", "--timeout", "30"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    until_listening(listening)
-    edgekit_cli("run", models / "int8.tflite", "--source", frames, "--broker", broker.url, "--device-id", "pi")
-    lines = listening.communicate(timeout=30)[0].splitlines()
-    assert lines[0] == "edgekit/pi/status  online"
-    assert "pi/main  #1  red " in lines[1] and "missing" not in "".join(lines)
-    assert listening.returncode == 0
-
-
-def test_listen_fails_when_nothing_comes(edgekit_fails: Any, broker: Any) -> None:
-    assert "no message within 0.5 s" in edgekit_fails("listen", "--broker", broker.url, "--timeout", "0.5")
-
-
-def test_listen_ends_quietly_when_its_reader_goes(
-    models: Path, frames: Path, broker: Any, edgekit_cli: Any, until_listening: Any
-) -> None:
-    command = f"{sys.executable} -m edgekit listen --broker {broker.url} --timeout 20 | head -n 1"
-    listening = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until_listening(listening)
-    edgekit_cli("run", models / "int8.tflite", "--source", frames, "--broker", broker.url)
-    output, log = listening.communicate(timeout=30)
-    assert output.count("\n") == 1 and "Error" not in log and "Traceback" not in log
-
-
 def test_inspect_shows_a_bundle(edgekit_cli: Any, models: Path) -> None:
     shown = edgekit_cli("inspect", models / "int8.tflite")
     assert shown.returncode == 0
