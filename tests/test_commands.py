@@ -292,7 +292,7 @@ def test_ten_thousand_mutated_commands_crash_nothing_and_change_only_what_is_val
     running.source.put(colour("red")[..., ::-1])
     running.next()
     random_ = random.Random(7)
-    state = {"paused": False, "threshold": 0.0, "top_k": 3, "max_fps": None}
+    state: dict[str, Any] = {"paused": False, "threshold": 0.0, "top_k": 3, "max_fps": None}
     valid = refused = 0
     for _ in range(10_000):
         payload = _mutated(random_)
@@ -312,6 +312,7 @@ def test_ten_thousand_mutated_commands_crash_nothing_and_change_only_what_is_val
             if command["command"] in ("pause", "resume"):
                 state["paused"] = command["command"] == "pause"
             state |= {name: command[name] for name in state.keys() & command.keys()}
+            state["max_fps"] = None if state["max_fps"] is None else float(state["max_fps"])
         assert response["ok"] == ok, (payload, response)
         assert response["settings"] == state, (payload, response)
         valid, refused = valid + ok, refused + (not ok)
