@@ -1,6 +1,7 @@
 """Many devices on one Mosquitto, and a group of consumers that share what they say: what is lost, and how late it is.
 
     python benchmarks/scale.py [--devices 1000] [--rate 1 2 4 ...] [--consumers 1 2 4] [--seconds 30] [--runs 1] [--tls]
+    python benchmarks/scale.py --broker mqtts://cluster    # user, password and certificates as edgekit run takes them
 
 Each device is a connection of its own (MQTT 5, QoS 1) that publishes a prediction ``--rate`` times a second, at times
 that do not wait for anyone; a message is as late as it is received after the time at which it was due, by a program
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from multiprocessing.connection import Connection
@@ -42,6 +44,8 @@ from edgekit.messages import BundleRef, Latency, PredictionMessage, encode, time
 # The broker keeps what a consumer is behind, up to a bound, and is told to keep more than the default of 1,000.
 SETTINGS = ["allow_anonymous true", "max_queued_messages 100000", "max_inflight_messages 100", "user root"]
 TLS_SETTINGS = ["cafile ca.crt", "certfile server.crt", "keyfile server.key", "require_certificate true"]
+# On a broker that others use too.
+PREFIX = "edgekit-scale"
 CERTIFICATE = Path(__file__).parents[1] / "examples" / "mosquitto" / "certificate"
 LATE_MS = 1000.0
 # A consumer ends when the devices have, and it has received nothing for so long.
@@ -139,7 +143,7 @@ def devices(address: BrokerAddress, count: int, rate: float, seconds: float, pip
                 serve(wait_s)
             device = f"pi-{number}"
             payload = encode(prediction(device, seq, due_s))
-            clients[number].publish(topic(device, "door", "prediction"), payload, qos=1)
+            clients[number].publish(topic(device, "door", "prediction", prefix=PREFIX), payload, qos=1)
             behind_ms.append(1000 * (time.time() - due_s))
             if len(behind_ms) % 50 == 0:  # or acknowledgements wait for a moment without a message due
                 serve(0.0)
@@ -150,10 +154,11 @@ def devices(address: BrokerAddress, count: int, rate: float, seconds: float, pip
     pipe.send(Sent(each, each * count - acknowledged, behind_p99_ms, own_cpu_s() - cpu_before_s, len(payload)))
 
 
-def consumer(address: BrokerAddress, number: int, ended: Event, pipe: Connection) -> None:
+def consumer(address: BrokerAddress, group: str, number: int, ended: Event, pipe: Connection) -> None:
     """Receives until the devices have ended and no more comes. The broker keeps its share, were it to die."""
     late_ms: list[float] = []
-    with Subscriber(address, group="scale", client_id=f"scale-{number}", session_expiry_s=3600) as subscriber:
+    name = f"{group}-{number}"
+    with Subscriber(address, prefix=PREFIX, group=group, client_id=name, session_expiry_s=60) as subscriber:
         pipe.send(None)
         cpu_before_s = own_cpu_s()
         while True:
@@ -170,27 +175,56 @@ def consumer(address: BrokerAddress, number: int, ended: Event, pipe: Connection
     pipe.send(Received(subscriber.accounting.to_json(), np.array(late_ms), own_cpu_s() - cpu_before_s))
 
 
-def start_mosquitto(folder: Path, tls: bool) -> tuple[subprocess.Popen[bytes], BrokerAddress]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    config = folder / "mosquitto.conf"
-    config.write_text("\n".join([f"listener {port} 127.0.0.1", *SETTINGS, *(TLS_SETTINGS if tls else []), ""]))
-    address = parse_broker(f"mqtt://127.0.0.1:{port}")
-    if tls:
-        for arguments in (["ca"], ["server", "localhost", "127.0.0.1"], ["device", "pi"]):
-            subprocess.run([CERTIFICATE, *arguments], cwd=folder, check=True, capture_output=True)
-        files = {"cafile": folder / "ca.crt", "certfile": folder / "pi.crt", "keyfile": folder / "pi.key"}
-        address = parse_broker(f"mqtts://127.0.0.1:{port}", **{name: str(path) for name, path in files.items()})
-    program = shutil.which("mosquitto") or "/usr/sbin/mosquitto"
-    broker = subprocess.Popen([program, "-c", config], cwd=folder, stderr=subprocess.DEVNULL)
-    for _ in range(500):
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            return broker, address
-        except OSError:
-            time.sleep(0.02)
-    sys.exit("mosquitto does not start; install it")
+class Mosquitto:
+    """One of our own. What it takes is NaN of a broker that is not ours."""
+
+    def __init__(self, folder: Path, tls: bool) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        config = folder / "mosquitto.conf"
+        config.write_text("\n".join([f"listener {port} 127.0.0.1", *SETTINGS, *(TLS_SETTINGS if tls else []), ""]))
+        self.address = parse_broker(f"mqtt://127.0.0.1:{port}")
+        if tls:
+            for arguments in (["ca"], ["server", "localhost", "127.0.0.1"], ["device", "pi"]):
+                subprocess.run([CERTIFICATE, *arguments], cwd=folder, check=True, capture_output=True)
+            files = {"cafile": folder / "ca.crt", "certfile": folder / "pi.crt", "keyfile": folder / "pi.key"}
+            paths = {name: str(path) for name, path in files.items()}
+            self.address = parse_broker(f"mqtts://127.0.0.1:{port}", **paths)
+        program = shutil.which("mosquitto") or "/usr/sbin/mosquitto"
+        self._process = subprocess.Popen([program, "-c", config], cwd=folder, stderr=subprocess.DEVNULL)
+        for _ in range(500):
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                return
+            except OSError:
+                time.sleep(0.02)
+        sys.exit("mosquitto does not start; install it")
+
+    def cpu_s(self) -> float:
+        return cpu_s(self._process.pid)
+
+    def resident_kb(self) -> float:
+        return int(Path(f"/proc/{self._process.pid}/status").read_text().partition("VmRSS:")[2].split()[0])
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(10)
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A broker that runs already: what it takes cannot be seen from here."""
+
+    address: BrokerAddress
+
+    def cpu_s(self) -> float:
+        return np.nan
+
+    resident_kb = cpu_s
+
+    def close(self) -> None:
+        """It is not ours."""
 
 
 def busy_s() -> float:
@@ -199,42 +233,41 @@ def busy_s() -> float:
     return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
-def resident_kb(process: int) -> int:
-    return int(Path(f"/proc/{process}/status").read_text().partition("VmRSS:")[2].split()[0])
-
-
-def measure(devices_count: int, rate: float, consumers_count: int, seconds: float, tls: bool) -> bool:
+def measure(
+    broker: Mosquitto | Elsewhere, devices_count: int, rate: float, consumers_count: int, seconds: float
+) -> bool:
     """Prints a row; whether all arrived and 99 of 100 within a second."""
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        broker, address = start_mosquitto(Path(folder), tls)
-        empty_kb, idle_s = resident_kb(broker.pid), cpu_s(broker.pid)
-        try:
-            ended = context.Event()
-            pipes = [context.Pipe() for _ in range(consumers_count + 1)]
-            ours = [pair[0] for pair in pipes]
-            arguments = (address, devices_count, rate, seconds, pipes[0][1])
-            processes = [context.Process(target=devices, args=arguments, daemon=True)]
-            for number, (_, theirs) in enumerate(pipes[1:]):
-                processes.append(context.Process(target=consumer, args=(address, number, ended, theirs), daemon=True))
-            for process in processes:
-                process.start()
-            for pipe in ours:
-                pipe.recv()
-            connection_kb = (resident_kb(broker.pid) - empty_kb) / devices_count
-            connection_us = 1e6 * (cpu_s(broker.pid) - idle_s) / devices_count
-            before_s, busy_before_s, started_s = cpu_s(broker.pid), busy_s(), time.monotonic()
-            ours[0].send(None)
-            sent: Sent = ours[0].recv()
-            ended.set()
-            received: list[Received] = [pipe.recv() for pipe in ours[1:]]
-            broker_s, all_s = cpu_s(broker.pid) - before_s, busy_s() - busy_before_s
-            took_s = time.monotonic() - started_s
-            for process in processes:
-                process.join(10)
-        finally:
-            broker.terminate()
-            broker.wait(10)
+    empty_kb, idle_s = broker.resident_kb(), broker.cpu_s()
+    try:
+        ended = context.Event()
+        pipes = [context.Pipe() for _ in range(consumers_count + 1)]
+        ours = [pair[0] for pair in pipes]
+        arguments = (broker.address, devices_count, rate, seconds, pipes[0][1])
+        processes = [context.Process(target=devices, args=arguments, daemon=True)]
+        # Of a name of its own: the sessions of a run before would take their share of this one.
+        group = f"scale-{uuid.uuid4().hex[:8]}"
+        for number, (_, theirs) in enumerate(pipes[1:]):
+            each = (broker.address, group, number, ended, theirs)
+            processes.append(context.Process(target=consumer, args=each, daemon=True))
+        for process, (_, theirs) in zip(processes, pipes, strict=True):
+            process.start()
+            theirs.close()  # so that one that ends is heard of
+        for pipe in ours:
+            pipe.recv()
+        connection_kb = (broker.resident_kb() - empty_kb) / devices_count
+        connection_us = 1e6 * (broker.cpu_s() - idle_s) / devices_count
+        before_s, busy_before_s, started_s = broker.cpu_s(), busy_s(), time.monotonic()
+        ours[0].send(None)
+        sent: Sent = ours[0].recv()
+        ended.set()
+        received: list[Received] = [pipe.recv() for pipe in ours[1:]]
+        broker_s, all_s = broker.cpu_s() - before_s, busy_s() - busy_before_s
+        took_s = time.monotonic() - started_s
+        for process in processes:
+            process.join(10)
+    finally:
+        broker.close()
     came = Accounting.merge(Accounting.from_json(part.accounting) for part in received)
     late_ms = np.concatenate([part.late_ms for part in received])
     lost = sent.each * devices_count - came.predictions
@@ -254,15 +287,17 @@ def measure(devices_count: int, rate: float, consumers_count: int, seconds: floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measures many devices and a group of consumers on one Mosquitto.")
+    parser = argparse.ArgumentParser(description="Measures many devices and a group of consumers on one broker.")
     parser.add_argument("--devices", type=int, default=1000)
     parser.add_argument("--rate", type=float, nargs="+", default=[1.0], help="messages a second of each device")
     parser.add_argument("--consumers", type=int, nargs="+", default=[1, 2, 4], help="of one group")
     parser.add_argument("--seconds", type=float, default=30.0, help="how long the devices publish")
     parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--broker", help="that runs already, instead of a Mosquitto")
     parser.add_argument("--tls", action="store_true", help="with client certificates")
     options = parser.parse_args()
     allow_many_files()
+    elsewhere = Elsewhere(parse_broker(options.broker)) if options.broker else None
     print(f"{'CPU time of a message, us':>99}{'others,':>12}{'a connection':>14}")
     print(
         "consumers messages/s      sent   lost double un-ack   p50 ms   p99 ms   max ms  sent p99 broker devices"
@@ -272,7 +307,9 @@ def main() -> None:
     for _ in range(options.runs):
         for consumers_count in options.consumers:
             for number, rate in enumerate(options.rate):
-                reached = measure(options.devices, rate, consumers_count, options.seconds, options.tls)
+                with tempfile.TemporaryDirectory() as folder:
+                    broker = elsewhere or Mosquitto(Path(folder), options.tls)
+                    reached = measure(broker, options.devices, rate, consumers_count, options.seconds)
                 good &= reached or number > 0
                 if not reached:
                     break
