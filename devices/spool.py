@@ -96,9 +96,12 @@ class Spool:
         self.stored_s = -1e9  # when a message was last stored, by the monotonic clock
         self.disk_error = ""
         self._ring = Ring(None if path is None else str(path.absolute()))
+        self._ring_id = self._ring.id & 0x7FFFFFFFFFFFFFFF  # SQLite's integers are signed
         self._fresh: deque[Stored] = deque()
         self._deleted: list[int] = []
         self._from_ring: deque[Stored] = deque()  # taken from shared memory, not deleted yet
+        self._arrived: set[int] = set()  # and those of them that may be, behind others that may not
+        self._last_id, self._clock_s, self._oldest_s = 0, 0.0, 0.0
         self._replay_id = self._replay_position = 0
         self._commit_s = self._sync_s = self._age_s = self._shrunk_s = -1e9
         self._retry_s = 0.0
@@ -266,43 +269,64 @@ class Spool:
 
     # -- the database ----------------------------------------------------------------------------------------------
 
-    def _open(self) -> None:
-        rescued: list[Stored] = []
+    def _open(self, damage: sqlite3.Error | None = None) -> None:
+        """``damage``: what showed that the file is damaged, if that is known before it is opened."""
         try:
             if self.path is not None:
                 self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             try:
+                if damage:
+                    raise damage
                 self._connect()
+                self._survey()
             except sqlite3.Error as error:
                 if self.path is None or not os.access(self.path, os.W_OK) or _is_no_damage(error):
                     raise
                 rescued = self._rescue(self.path, error)
                 self._connect()
                 self._insert(rescued)
+                self._survey()
         except (OSError, sqlite3.Error) as error:
             mend = "give a folder that can be written with --spool, and free disk space"
             if "locked" in str(error):
                 mend = "another run uses it: give this one another --stream, device id or --spool"
             raise EdgekitError(f"spool {self.path} cannot be opened ({error})", mend=mend) from error
-        self._rows, self._last_id, self._oldest_s, self._clock_s, size = self._run(
-            "SELECT count(*), coalesce(max(id), 0), coalesce(min(stored_s), 0.0), coalesce(max(stored_s), 0.0), "
-            "coalesce(sum(length(payload) + length(topic)), 0) FROM message"
-        )[0]
-        self.bytes = size + _ROW_BYTES * self._rows
-        self._ring_id = self._ring.id & 0x7FFFFFFFFFFFFFFF  # SQLite's integers are signed
-        # A process may have been killed after a commit and before it gave back the room in shared memory.
-        last = self._run(
-            f"SELECT {_COLUMNS} FROM message WHERE ring = ? ORDER BY id DESC LIMIT {_BATCH}", (self._ring_id,)
-        )
-        self._already = max((row[5] for row in last if _whole(row)), default=0)
-        self._arrived: set[int] = set()
         self._loaded = 0
         if self.messages:
             logger.info("spool %s: %d messages of an earlier run are to be sent", self.path, self.messages)
 
+    def _survey(self) -> None:
+        """Counts what is there; DatabaseError where a message was altered."""
+        self._rows = self.bytes = self._already = 0
+        newest_s = 0.0
+        for row in self._each("ASC"):
+            if not (stored := _whole(row)):
+                raise sqlite3.DatabaseError("a message was altered")
+            if not self._rows:
+                self._oldest_s = stored.stored_s
+            self._rows += 1
+            newest_s = stored.stored_s
+            # never less than it was: who took a message of a damaged file may still delete it
+            self._last_id = max(self._last_id, stored.id)
+            self.bytes += _size(stored)
+            # A process may have been killed after a commit and before it gave back the room in shared memory.
+            if row[4] == self._ring_id:
+                self._already = stored.position
+        self._clock_s = max(self._clock_s, newest_s - (time.monotonic() - self._started_s))
+
+    def _each(self, order: str) -> Iterator[tuple[Any, ...]]:
+        assert self._database
+        try:
+            yield from self._database.execute(f"SELECT {_COLUMNS} FROM message ORDER BY id {order}")
+        except UnicodeDecodeError as error:  # in what SQLite says of a damaged file
+            raise sqlite3.DatabaseError("damaged") from error
+
     def _run(self, statement: str, values: Sequence[object] = ()) -> list[Any]:
         assert self._database
-        return self._database.execute(statement, values).fetchall()
+        try:
+            return self._database.execute(statement, values).fetchall()
+        except UnicodeDecodeError as error:  # as in _each
+            raise sqlite3.DatabaseError("damaged") from error
 
     def _connect(self) -> None:
         """Opens the file, new where there is none; DatabaseError where it is not ours or not whole."""
@@ -310,6 +334,8 @@ class Spool:
         self._database = sqlite3.connect(
             ":memory:" if self.path is None else self.path, timeout=0, isolation_level=None, check_same_thread=False
         )
+        # What is no UTF-8 shows by its checksum.
+        self._database.text_factory = lambda text: text.decode(errors="replace")
         run = self._run
         run("PRAGMA locking_mode = EXCLUSIVE")  # and so no file of shared memory beside it
         run("PRAGMA trusted_schema = OFF")
@@ -347,12 +373,14 @@ class Spool:
     def _rescue(self, path: Path, error: sqlite3.Error) -> list[Stored]:
         """What can be read of a damaged file, which is put aside."""
         rows: dict[int, Stored] = {}
+        altered = set()
         for order in ("ASC", "DESC"):
-            with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
-                assert self._database
-                for row in self._database.execute(f"SELECT {_COLUMNS} FROM message ORDER BY id {order}"):
+            with contextlib.suppress(sqlite3.Error):
+                for row in self._each(order):
                     if stored := _whole(row):
                         rows[stored.id] = stored
+                    else:
+                        altered.add(row[0])
         self._disconnect()
         aside = path.with_name(path.name + ".damaged")
         path.replace(aside)
@@ -362,7 +390,10 @@ class Spool:
             "spool %s is damaged (%s): %d messages in it can be read and will be sent; it is kept as %s",
             path, error, len(rows), aside.name,
         )  # fmt: skip
-        return [rows[number] for number in sorted(rows)]
+        if altered:
+            self.count_shed("damaged", len(altered))
+        # of no position in shared memory: it was that of an earlier ring
+        return [rows[number]._replace(position=0) for number in sorted(rows)]
 
     def _insert(self, stored: Iterable[Stored]) -> None:
         assert self._database
@@ -395,28 +426,25 @@ class Spool:
         self._retry_s = time.monotonic() + _RETRY_S
         if not _is_no_damage(error):  # under our hands
             with contextlib.suppress(EdgekitError):
-                self._open()
+                self._open(error)
                 self.mark()
 
     def _load(self) -> None:
         deleted = set(self._deleted)
-        damaged = 0
         try:
             rows = self._run(f"SELECT {_COLUMNS} FROM message WHERE id > ? ORDER BY id LIMIT {_BATCH}", (self._loaded,))
+            loaded = [_whole(row) for row in rows]
+            if None in loaded:
+                raise sqlite3.DatabaseError("a message was altered")
         except sqlite3.Error as error:
             self._cannot_write(error)
             return
-        for row in rows:
-            if (stored := _whole(row)) is None:
-                self._deleted.append(row[0])
-                damaged += 1
-            elif stored.id not in deleted:
+        for stored in loaded:
+            if stored and stored.id not in deleted:
                 self._fresh.append(stored._replace(replayed=self._is_replayed(stored.id, stored.position)))
         self._loaded = rows[-1][0] if rows else self._last_id
         if self._fresh:
             self._oldest_s = self._fresh[0].stored_s
-        if damaged:
-            self.count_shed("damaged", damaged)
 
     def _rows_of(self, records: list[tuple[int, bytes]], on_disk: bool = True) -> Iterator[Stored]:
         number, clock_s = self._last_id, self.clock_s
