@@ -69,7 +69,8 @@ class Boot(msgspec.Struct, kw_only=True):
     """What came of one stream since its device's runtime started.
 
     ``first`` is the ``seq`` that is expected first: 1, or that of the first prediction heard where it may have started
-    before us. ``sent_again`` are those of ``received`` that said so, ``replayed`` by the device or by the broker.
+    before us; what comes from before that is no reason to miss others. ``sent_again`` are those of ``received`` that
+    said so, ``replayed`` by the device or by the broker.
     """
 
     device: str
@@ -94,20 +95,21 @@ class Boot(msgspec.Struct, kw_only=True):
             return Heard(range(0), True)
         self.predictions += 1
         self.reordered += seq < end
-        self.first = min(self.first, seq)
         self.received.add(range(seq, seq + 1))
         if sent_again:
             self.sent_again.add(range(seq, seq + 1))
         del self.sent_again.edges[: -2 * GAPS]
         if len(edges) > 2 * GAPS:
-            self.missing_below_first += edges[0] - self.first + edges[2] - edges[1]
-            self.begin_at(edges[2])
+            oldest, self.first = self.first, max(self.first, edges[2])
+            self.missing_below_first += max(0, edges[0] - oldest) + max(0, edges[2] - max(edges[1], oldest))
+            self.begin_at(self.first)
         return Heard(range(end, seq), False)
 
     def missing(self) -> list[range]:
         """Those that did not come, up to the newest one that did."""
         ends = [self.first, *self.received.edges[1::2]]
-        return [range(end, start) for end, start in zip(ends, self.received.edges[::2], strict=False) if end < start]
+        gaps = [range(max(end, self.first), start) for end, start in zip(ends, self.received.edges[::2], strict=False)]
+        return [gap for gap in gaps if gap]
 
     def missing_count(self) -> int:
         return self.missing_below_first + sum(map(len, self.missing()))
