@@ -34,6 +34,7 @@ _DEVICE, _STREAM = "soak", "main"
 _LONGEST_S = 20.0
 # A connection is tried again every 30 s at least, and what waited is sent then: so long may nothing arrive.
 _PATIENCE_S = 45.0
+_START_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,8 @@ class _Soak:
 
     def endure(self, steps: list[Step], duration_s: float, progress: Callable[[str, int, int], None] | None) -> None:
         """Lets the steps happen, each at its time."""
+        self._start_runtime()
         began_s = time.monotonic()
-        self.runtime.start()
         for at_s, action in [*steps, Step(duration_s, "")]:
             while (now_s := time.monotonic() - began_s) < at_s:
                 if progress:
@@ -129,13 +130,27 @@ class _Soak:
                 self._actions[action]()
                 began_s += time.monotonic() - before_s  # what it waited for moves all that is to come
 
+    def _start_runtime(self) -> None:
+        """And waits until it predicts.
+
+        Raises:
+            EdgekitError: it does not.
+        """
+        boots, ended, deadline_s = len(self.runtime.told()), len(self.runtime.ended), time.monotonic() + _START_S
+        self.runtime.start()
+        while len(self.runtime.told()) == boots:
+            self._receive(0.1)
+            self.runtime.tend()
+            if len(self.runtime.ended) > ended or time.monotonic() > deadline_s:
+                raise EdgekitError("the runtime does not start", got="".join(self.runtime.ended[-1:]))
+
     def settle(self) -> None:
         """Ends the runtime, and has it run once more for what it left."""
         self._receive_all(self.runtime.told(), _PATIENCE_S)
         self.runtime.stop()
         told = self.runtime.told()
         if self._receive_all(told, 2.0):
-            self.runtime.start()
+            self._start_runtime()
             self._receive_all(told, _PATIENCE_S)
             self.runtime.stop()
             self._receive_all(self.runtime.told(), 2.0)

@@ -86,9 +86,7 @@ class Runtime:
 
     def tend(self) -> None:
         """Starts it again where it ended by itself."""
-        if not self._process:
-            return
-        if self._process.poll() is not None:
+        if self._process and self._process.poll() is not None:
             self._wait()
             self.ended.append(self._last_line)
             logger.warning("the runtime ended by itself: %s", self._last_line)

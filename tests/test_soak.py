@@ -71,7 +71,7 @@ def test_soak_tells_of_a_runtime_that(
         "soak_runtime.main()\n"
     )
     monkeypatch.setattr(soak, "_MADE", (str(tmp_path / "runtime.py"),))
-    monkeypatch.setattr(soak, "_PATIENCE_S", 1.0)
+    monkeypatch.setattr(soak, "_PATIENCE_S", 3.0)
     result = soak.soak(duration_s=2, faults=NO_FAULTS)
     assert not result.sound
     assert bool(result.lost) == lost and bool(result.duplicates_unflagged) == twice
@@ -134,6 +134,11 @@ def test_schedule_is_that_of_its_seed_and_has_one_fault_of_a_kind_at_a_time() ->
 )
 def test_soak_refuses_what_it_cannot_do(options: list[str], what: str, edgekit_fails: Any) -> None:
     assert what in edgekit_fails("soak", *options)
+
+
+def test_soak_of_a_bundle_that_cannot_be_run(needs_mosquitto: None, edgekit_fails: Any) -> None:
+    error = edgekit_fails("soak", "missing.tflite", "--source", "missing.png")
+    assert "the runtime does not start" in error and "missing.tflite" in error
 
 
 def test_soak_without_mosquitto(monkeypatch: pytest.MonkeyPatch) -> None:
