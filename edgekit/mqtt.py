@@ -166,6 +166,7 @@ class Connection:
         self._answer_properties: Properties | None = None
         self._since_s = self._retry_s = 0.0
         self._failures = 0
+        self._awaited = False  # someone waits for the first connection
         self._told, self._told_s = "", 0.0
         self._acks: deque[tuple[paho.Client, int]] = deque()
         self._closing = threading.Event()
@@ -192,6 +193,7 @@ class Connection:
         Raises:
             BrokerError: the broker refuses the connection, or cannot be reached.
         """
+        self._awaited = bool(patience_s)
         self._thread.start()
         started_s = time.monotonic()
         try:
@@ -209,6 +211,8 @@ class Connection:
         except BaseException:
             self.close()
             raise
+        finally:
+            self._awaited = False
         return True
 
     def ack(self, message: paho.MQTTMessage, client: paho.Client) -> None:
@@ -355,13 +359,16 @@ class Connection:
     def _take_over(self, client: paho.Client, error: Exception | None) -> None:
         self._dialled, self._dialling = None, False
         sock = client.socket()
-        if error or not sock:
+        if error:
             mend = "check host and port, and that the broker runs"
             if isinstance(error, ssl.SSLCertVerificationError):
                 mend = "give the authority that signed its certificate with --cafile, and the name that is in it"
             elif isinstance(error, ssl.SSLError):
                 mend = "check that it speaks TLS on this port"
-            self._fail(f"broker {self.address} cannot be reached ({error or 'hung up'})", mend)
+            self._fail(f"broker {self.address} cannot be reached ({error})", mend)
+            return
+        if not sock:
+            self._hung_up()
             return
         self._client, self._since_s = client, time.monotonic()
         client._sock = self._sock = _ReadAhead(sock)  # type: ignore[assignment]  # paho has no way to give it one
@@ -428,17 +435,20 @@ class Connection:
 
     def _disconnected(self, _client: Any, _userdata: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
         if self.connected and not self._closing.is_set():
-            logger.warning("connection to %s lost: %s; connecting again", self.address, str(reason).lower())
-            if reason.getName() == "Session taken over":
-                logger.error(
-                    "another client calls itself %s; give each device an id and each of its runs a stream of its own",
-                    self._client_id,
-                )
+            name = reason.getName()
+            why = "it hung up" if name == "Unspecified error" else name.lower()
+            logger.warning("connection to %s lost: %s; connecting again", self.address, why)
 
     def _lost(self) -> None:
         self.connected = False
         if time.monotonic() - self._since_s > GOOD_S:
             self._failures = 0
+        elif self._failures == 3:  # not every broker tells
+            logger.error(
+                "connections to %s are lost within seconds: another client may call itself %s too; "
+                "give each device an id, and each of its runs a stream of its own",
+                self.address, self._client_id,
+            )  # fmt: skip
         self._back_off()
         if self._on_disconnect:
             self._on_disconnect()
@@ -471,6 +481,8 @@ class Connection:
 
     def _back_off(self) -> None:
         first_s, last_s = BACKOFF_S
+        if self._awaited:
+            last_s = 1.0
         wait_s = min(last_s, first_s * 2 ** min(self._failures, 16))
         self._failures += 1
         self._retry_s = time.monotonic() + wait_s * random.uniform(0.5, 1.0)
@@ -509,111 +521,3 @@ class Connection:
                 time.sleep(0.005)
         if client:
             self._drop()
-
-
-def connect(
-    address: BrokerAddress,
-    client_id: str,
-    *,
-    will: tuple[str, str] | None = None,
-    on_connect: Callable[[paho.Client], object] | None = None,
-    on_message: Callable[[paho.MQTTMessage], None] | None = None,
-    on_publish: Callable[[int, ReasonCode], None] | None = None,
-    on_subscribe: Callable[[list[ReasonCode]], None] | None = None,
-    timeout_s: float = 10.0,
-    patience_s: float = 0.0,
-) -> paho.Client:
-    """A client that is connected, with its network thread running; it reconnects by itself from then on.
-
-    Args:
-        will: topic and payload of a retained QoS 1 Last Will.
-        on_connect: called after each connection, so after each reconnection too; subscribe and say ``online`` here.
-        on_message: called for each message, in the network thread.
-        on_publish: called with the message id of each message that the broker has answered, and its answer, there too.
-        on_subscribe: called with the broker's answers to a subscription, one for each topic filter, there too.
-        timeout_s: for the connection and for the broker's answer, each.
-        patience_s: keep trying for so long while the broker cannot be reached.
-
-    Raises:
-        BrokerError: the broker cannot be reached, does not answer, or refuses the connection.
-    """
-    for protocol in address.protocols:
-        client = paho.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=protocol)
-        client.connect_timeout = timeout_s
-        client.reconnect_delay_set(min_delay=1, max_delay=30)
-        if address.username is not None:
-            client.username_pw_set(address.username, address.password)
-        if address.tls:
-            client.tls_set()
-        if will:
-            client.will_set(*will, qos=1, retain=True)
-        if on_message:
-            client.on_message = lambda _client, _userdata, message: on_message(message)
-        if on_publish:
-            client.on_publish = lambda _client, _userdata, mid, reason, _properties: on_publish(mid, reason)
-        if on_subscribe:
-            client.on_subscribe = lambda _client, _userdata, _mid, reasons, _properties: on_subscribe(reasons)
-        answer = _handshake(client, address, on_connect, timeout_s, patience_s)
-        if answer is not None and not answer.is_failure:
-            logger.info("connected to %s with %s", address, _NAMES[protocol])
-            return client
-        client.loop_stop()
-        # An older broker refuses the version, or hangs up on a CONNECT it cannot read.
-        if answer is not None and answer.getName() != "Unsupported protocol version":
-            raise BrokerError(
-                f"broker {address} refused the connection: {answer.getName().lower()}",
-                mend="check the user and password, and the broker's access rules",
-            )
-    raise BrokerError(
-        f"broker {address} accepted the connection but did not answer as an MQTT broker",
-        mend="check that an MQTT broker listens there, and whether it wants TLS (mqtts://)",
-    )
-
-
-def _handshake(
-    client: paho.Client,
-    address: BrokerAddress,
-    on_connect: Callable[[paho.Client], object] | None,
-    timeout_s: float,
-    patience_s: float,
-) -> ReasonCode | None:
-    """Connects, starts the network thread and waits: the broker's answer, None if it hung up or kept silent."""
-    done = threading.Event()
-    answers: list[ReasonCode] = []
-
-    def connected(client: paho.Client, _userdata: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
-        if reason.is_failure:
-            if answers:
-                logger.warning("broker %s refused the connection: %s", address, reason)
-        else:
-            if answers:
-                logger.info("connected to %s again", address)
-            if on_connect:
-                on_connect(client)
-        answers.append(reason)
-        done.set()
-
-    def disconnected(_client: Any, _userdata: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
-        if answers and not answers[0].is_failure and reason.is_failure:
-            logger.warning("connection to %s lost: %s; connecting again", address, reason)
-        done.set()
-
-    client.on_connect, client.on_disconnect = connected, disconnected
-    deadline, waiting = time.monotonic() + patience_s, False
-    while True:
-        try:
-            client.connect(address.host, address.port, keepalive=30)
-            break
-        except (OSError, ValueError) as error:
-            if time.monotonic() >= deadline:
-                raise BrokerError(
-                    f"broker {address} cannot be reached ({error})",
-                    mend="check host and port, and that the broker runs",
-                ) from error
-            if not waiting:
-                logger.info("waiting for broker %s (%s)", address, error)
-            waiting = True
-            time.sleep(0.3)
-    client.loop_start()
-    done.wait(timeout_s)
-    return answers[0] if answers else None

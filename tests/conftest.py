@@ -201,6 +201,19 @@ def predictions() -> Callable[..., list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="session")
+def until() -> Callable[[Callable[[], Any]], None]:
+    """Waits until a condition holds; fails if it does not within 20 seconds."""
+
+    def wait(condition: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline, "it did not come"
+            time.sleep(0.01)
+
+    return wait
+
+
+@pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     def find() -> int:
         with socket.socket() as probe:
@@ -234,6 +247,10 @@ class Mosquitto:
 
     def stop(self) -> None:
         self._process.terminate()
+        self._process.wait(10)
+
+    def kill(self) -> None:
+        self._process.kill()
         self._process.wait(10)
 
     def pause(self) -> None:

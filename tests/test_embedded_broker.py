@@ -1,35 +1,60 @@
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from edgekit.embedded_broker import EmbeddedBroker
 from edgekit.errors import BrokerError
-from edgekit.mqtt import connect
+from edgekit.mqtt import Connection
 
 
 def test_delivers_everything_before_it_closes(free_port: Callable[[], int]) -> None:
     received: list[bytes] = []
+    sent = threading.Event()
+    acknowledged: list[int] = []
+
+    def publish() -> None:
+        for number in range(1000):
+            publisher.publish("a", str(number))
+
+    def on_publish(mid: int, _reason: Any) -> None:
+        acknowledged.append(mid)
+        if len(acknowledged) == 1000:
+            sent.set()
+
     with EmbeddedBroker(f"embedded://127.0.0.1:{free_port()}") as broker:
         assert not broker.wait_for_subscriber(0.05, threading.Event())
-        subscriber = connect(
+        subscriber = Connection(
             broker.address,
             "subscriber",
-            on_connect=lambda client: client.subscribe("#", 1),
+            subscriptions=["#"],
             on_message=lambda message: received.append(message.payload),
         )
+        subscriber.start()
         assert broker.wait_for_subscriber(5, threading.Event())
-        publisher = connect(broker.address, "publisher")
-        sent = [publisher.publish("a", str(number), qos=1) for number in range(1000)]
-        sent[-1].wait_for_publish(30)
-        publisher.disconnect()
-        publisher.loop_stop()
+        publisher = Connection(broker.address, "publisher", on_connect=publish, on_publish=on_publish)
+        publisher.start()
+        assert sent.wait(30)
+        publisher.close()
     assert [int(payload) for payload in received] == list(range(1000))
-    subscriber.disconnect()
-    subscriber.loop_stop()
+    subscriber.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "embedded-broker"]
+
+
+@pytest.mark.parametrize("flags", [0x02, 0x06], ids=["", "with a Last Will"])
+def test_mqtt_5_is_refused(free_port: Callable[[], int], flags: int) -> None:
+    """As 3.1.1 has it, so that the client connects again with that; amqtt would wait for more to come."""
+    will = b"\x00\x00\x01a\x00\x01b" if flags & 0x04 else b""
+    body = b"\x00\x04MQTT\x05" + bytes([flags]) + b"\x00\x1e\x05\x11\x00\x00\x00\x3c\x00\x03one" + will
+    with EmbeddedBroker(f"embedded://127.0.0.1:{free_port()}") as broker:
+        with socket.create_connection((broker.address.host, broker.address.port), 5) as client:
+            client.sendall(b"\x10" + bytes([len(body)]) + body)
+            assert client.recv(100) == b"\x20\x02\x00\x01"
+            assert client.recv(100) == b""
 
 
 def test_port_that_is_taken_is_an_error(free_port: Callable[[], int]) -> None:

@@ -4,8 +4,7 @@ import logging
 import socket
 import subprocess
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 from edgekit.broker import parse_broker
 from edgekit.embedded_broker import EmbeddedBroker
 from edgekit.errors import BrokerError
-from edgekit.mqtt import connect
+from edgekit.mqtt import Connection
 
 
 @pytest.mark.parametrize(
@@ -49,56 +48,111 @@ def test_credentials_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
     assert (address.username, address.password) == ("ann", "secret")
 
 
-def test_connects_with_mqtt_5(broker: Any, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("by", ["argument", "variable"])
+def test_password_comes_from_a_file(by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    file = tmp_path / "password"
+    file.write_text("s3cret \nmore\n")
+    file.chmod(0o604)
+    if by == "variable":
+        monkeypatch.setenv("EDGEKIT_MQTT_PASSWORD_FILE", str(file))
+    address = parse_broker("mqtt://ann@hub", password_file=str(file) if by == "argument" else None)
+    assert (address.username, address.password) == ("ann", "s3cret ")
+    assert "everyone on this machine can read" in caplog.text and "s3cret" not in caplog.text
+
+
+def test_password_file_that_is_not_there_is_named() -> None:
+    with pytest.raises(BrokerError, match=r"password file /nowhere: .*No such file"):
+        parse_broker("mqtt://hub", password_file="/nowhere")
+
+
+def test_certificate_for_a_broker_without_tls_is_refused() -> None:
+    with pytest.raises(BrokerError, match="expected mqtts://"):
+        parse_broker("mqtt://hub", cafile="ca.pem")
+
+
+@pytest.fixture
+def connection() -> Iterator[Callable[..., Connection]]:
+    """Makes connections, which are closed at the end."""
+    made: list[Connection] = []
+
+    def make(url: str, **options: Any) -> Connection:
+        made.append(Connection(parse_broker(url), "one", **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_connects_with_mqtt_5(broker: Any, connection: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    client = connect(parse_broker(broker.url), "one")
-    assert client.protocol == paho.MQTTv5 and "MQTT 5" in caplog.text
-    client.disconnect()
-    client.loop_stop()
+    one = connection(broker.url)
+    assert one.start() and one.protocol == paho.MQTTv5 and "MQTT 5" in caplog.text
 
 
-def test_falls_back_to_mqtt_3_1_1(free_port: Callable[[], int], caplog: pytest.LogCaptureFixture) -> None:
+def test_falls_back_to_mqtt_3_1_1(free_port: Callable[[], int], connection: Any, caplog: Any) -> None:
     caplog.set_level(logging.INFO)
-    port = free_port()
-    with EmbeddedBroker(f"embedded://127.0.0.1:{port}"):
-        client = connect(parse_broker(f"mqtt://127.0.0.1:{port}"), "one")
-        assert client.protocol == paho.MQTTv311 and "MQTT 3.1.1" in caplog.text
-        client.disconnect()
-        client.loop_stop()
+    url = f"127.0.0.1:{free_port()}"
+    with EmbeddedBroker(f"embedded://{url}"):
+        one = connection(f"mqtt://{url}")
+        assert one.start() and one.protocol == paho.MQTTv311 and "MQTT 3.1.1" in caplog.text
+        one.close()
 
 
-def test_unreachable_broker_is_told_apart(free_port: Callable[[], int]) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
+def test_unreachable_broker_is_told_apart(host: str, free_port: Callable[[], int], connection: Any) -> None:
     with pytest.raises(BrokerError, match="cannot be reached"):
-        connect(parse_broker(f"mqtt://127.0.0.1:{free_port()}"), "one")
-    with pytest.raises(BrokerError, match="cannot be reached"):
-        connect(parse_broker("mqtt://no-such-host.invalid"), "one")
+        connection(f"mqtt://{host}:{free_port()}").start()
+    assert not connection(f"mqtt://{host}:{free_port()}").start(patience_s=None)
 
 
-def test_patience_waits_for_a_broker_that_comes_later(mosquitto: Callable[..., Any]) -> None:
+def test_patience_waits_for_a_broker_that_comes_later(mosquitto: Callable[..., Any], connection: Any) -> None:
     broker = mosquitto()
     broker.stop()
     threading.Timer(0.7, broker.start).start()
-    client = connect(parse_broker(broker.url), "one", patience_s=10)
-    assert client.is_connected()
-    client.disconnect()
-    client.loop_stop()
+    assert connection(broker.url).start(patience_s=10)
 
 
-def test_refused_credentials_are_told_apart(mosquitto: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.fixture
+def guarded(mosquitto: Callable[..., Any], tmp_path: Path) -> Any:
+    """A broker that knows ann, whose password is right."""
     passwords = tmp_path / "passwords"
     subprocess.run(["mosquitto_passwd", "-b", "-c", passwords, "ann", "right"], check=True)
     passwords.chmod(0o644)
     tmp_path.chmod(0o755)
-    broker = mosquitto("allow_anonymous false", f"password_file {passwords}", "user root")
-    with pytest.raises(BrokerError, match=r"refused the connection: not authori[sz]ed"):
-        connect(parse_broker(f"mqtt://ann:wrong@127.0.0.1:{broker.port}"), "one")
-    client = connect(parse_broker(f"mqtt://ann:right@127.0.0.1:{broker.port}"), "one")
-    client.disconnect()
-    client.loop_stop()
+    return mosquitto("allow_anonymous false", f"password_file {passwords}", "user root")
+
+
+@pytest.mark.parametrize("patience_s", [0, 30, None])
+def test_refused_credentials_are_told_apart_at_once(guarded: Any, connection: Any, patience_s: Any) -> None:
+    with pytest.raises(BrokerError, match=r"refused the connection: not authori[sz]ed.*check the user and password"):
+        connection(f"mqtt://ann:wrong@127.0.0.1:{guarded.port}").start(patience_s)
+    assert connection(f"mqtt://ann:right@127.0.0.1:{guarded.port}").start()
+
+
+def test_credentials_refused_later_are_told_and_tried_again(
+    guarded: Any, connection: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, until: Any
+) -> None:
+    monkeypatch.setattr("edgekit.mqtt.BACKOFF_S", (0.05, 0.2))
+    one = connection(f"mqtt://ann:right@127.0.0.1:{guarded.port}")
+    one.start()
+
+    def restart_with(password: str) -> None:
+        subprocess.run(["mosquitto_passwd", "-b", tmp_path / "passwords", "ann", password], check=True)
+        guarded.stop()
+        guarded.start()
+
+    restart_with("other")
+    until(lambda: "refused the connection" in caplog.text)
+    restart_with("right")
+    until(lambda: one.connected)
+    assert [record.levelname for record in caplog.records if "refused the connection" in record.message] == ["ERROR"]
+    assert "right" not in caplog.text
 
 
 @pytest.mark.parametrize("hang_up", [True, False], ids=["hangs up", "keeps silent"])
-def test_peer_that_is_no_broker_is_an_error(hang_up: bool) -> None:
+def test_peer_that_is_no_broker_is_an_error(hang_up: bool, connection: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgekit.mqtt.ANSWER_TIMEOUT_S", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
@@ -112,19 +166,142 @@ def test_peer_that_is_no_broker_is_an_error(hang_up: bool) -> None:
         peers: list[socket.socket] = []
         threading.Thread(target=serve, daemon=True).start()
         with pytest.raises(BrokerError, match="did not answer as an MQTT broker"):
-            connect(parse_broker(f"mqtt://127.0.0.1:{server.getsockname()[1]}"), "one", timeout_s=1)
+            connection(f"mqtt://127.0.0.1:{server.getsockname()[1]}").start()
         for peer in peers:
             peer.close()
 
 
-def test_reconnects_and_calls_on_connect_again(broker: Any) -> None:
-    connections: list[float] = []
-    client = connect(parse_broker(broker.url), "one", on_connect=lambda _: connections.append(time.monotonic()))
-    broker.stop()
+def test_connects_again_and_forgets_what_was_under_way(
+    broker: Any, connection: Any, monkeypatch: pytest.MonkeyPatch, until: Any
+) -> None:
+    """What a lost connection had not got through is for the owner to send: nothing comes by itself."""
+    monkeypatch.setattr("edgekit.mqtt.BACKOFF_S", (0.05, 0.2))
+    told: list[str] = []
+    sent: list[int] = []
+    got: list[bytes] = []
+
+    def turn() -> None:
+        if one.connected and told[-1] == "paused":
+            sent.append(one.publish("a", "lost"))
+            told.append("sent")
+
+    one = connection(
+        broker.url,
+        subscriptions=["a"],
+        on_connect=lambda: told.append("connected") or one.publish("a", "connected"),
+        on_disconnect=lambda: told.append("lost"),
+        on_message=lambda message: got.append(message.payload),
+        on_turn=turn,
+    )
+    one.start()
+    until(lambda: got == [b"connected"])
+    broker.pause()
+    told.append("paused")
+    one.wake()
+    until(lambda: sent)
+    broker.kill()
     broker.start()
-    deadline = time.monotonic() + 15
-    while len(connections) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    client.disconnect()
-    client.loop_stop()
-    assert len(connections) == 2
+    until(lambda: len(got) == 2)
+    assert told == ["connected", "paused", "sent", "lost", "connected"]
+    assert got == [b"connected", b"connected"]
+
+
+def test_second_client_of_the_same_name_is_named_as_the_reason(
+    broker: Any, connection: Any, caplog: Any, until: Any
+) -> None:
+    first, second = connection(broker.url), connection(broker.url)
+    first.start()
+    second.start()
+    until(lambda: "another client may call itself one" in caplog.text)
+
+
+def test_session_is_kept_for_who_asks_for_it(broker: Any, connection: Any, until: Any) -> None:
+    got: list[bytes] = []
+    subscribed = threading.Event()
+    options: Any = {
+        "subscriptions": ["kept"],
+        "session_expiry_s": 60,
+        "on_message": lambda message: got.append(message.payload),
+        "on_subscribe": lambda _reasons: subscribed.set(),
+    }
+    first = connection(broker.url, **options)
+    first.start()
+    assert subscribed.wait(10)
+    first.close()
+    subprocess.run(["mosquitto_pub", "-p", str(broker.port), "-q", "1", "-t", "kept", "-m", "while away"], check=True)
+    second = connection(broker.url, **options)
+    second.start()
+    until(lambda: got == [b"while away"])
+    assert second.session_present and not first.session_present
+
+
+def test_broker_sends_no_more_than_may_be_unacknowledged(broker: Any, connection: Any, until: Any) -> None:
+    got: list[Any] = []
+    one = connection(
+        broker.url, subscriptions=["many"], receive_maximum=3, manual_ack=True,
+        on_message=lambda message: got.append((message, one.client)), on_subscribe=lambda _: got.append("subscribed"),
+    )  # fmt: skip
+    one.start()
+    until(lambda: got == ["subscribed"])
+    for number in range(5):
+        subprocess.run(
+            ["mosquitto_pub", "-p", str(broker.port), "-q", "1", "-t", "many", "-m", str(number)], check=True
+        )
+    until(lambda: len(got) == 4)
+    one.ack(*got[1])
+    until(lambda: len(got) == 5)
+    assert [message.payload for message, _ in got[1:]] == [b"0", b"1", b"2", b"3"]
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An authority, and certificates by it for the broker (127.0.0.1) and a client; and another authority."""
+    folder = tmp_path_factory.mktemp("certificates")
+    for name in ("ca", "other"):
+        openssl(
+            folder, f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN={name} -keyout {name}.key -out {name}.pem"
+        )
+    (folder / "names").write_text("subjectAltName=IP:127.0.0.1")
+    for name in ("server", "client"):
+        openssl(folder, f"req -newkey rsa:2048 -nodes -subj /CN={name} -keyout {name}.key -out {name}.csr")
+        openssl(
+            folder,
+            f"x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -out {name}.pem -extfile names",
+        )
+    for path in (folder, folder.parent, *folder.iterdir()):
+        path.chmod(0o755)
+    return folder
+
+
+def openssl(folder: Path, arguments: str) -> None:
+    subprocess.run(["openssl", *arguments.split()], cwd=folder, check=True, capture_output=True)
+
+
+def test_tls_with_an_authority_of_ones_own_and_a_client_certificate(
+    mosquitto: Callable[..., Any], certificates: Path, connection: Any
+) -> None:
+    broker = mosquitto(
+        "allow_anonymous true", f"cafile {certificates}/ca.pem", f"certfile {certificates}/server.pem",
+        f"keyfile {certificates}/server.key", "require_certificate true", "user root",
+    )  # fmt: skip
+    url = f"mqtts://127.0.0.1:{broker.port}"
+
+    def start(**files: str) -> bool:
+        paths = {name: str(certificates / file) for name, file in files.items()}
+        one = Connection(parse_broker(url, **paths), "one")
+        try:
+            return one.start()
+        finally:
+            one.close()
+
+    assert start(cafile="ca.pem", certfile="client.pem", keyfile="client.key")
+    with pytest.raises(BrokerError, match=r"cannot be reached .*certificate.*--cafile"):
+        start(certfile="client.pem", keyfile="client.key")
+    with pytest.raises(BrokerError, match=r"cannot be reached .*certificate.*--cafile"):
+        start(cafile="other.pem", certfile="client.pem", keyfile="client.key")
+    with pytest.raises(BrokerError, match="client certificate"):
+        start(cafile="ca.pem")
+    with pytest.raises(BrokerError, match=r"certificate .*/none.pem of broker"):
+        start(cafile="none.pem")
+    with pytest.raises(BrokerError, match=r"certificate .*/client.pem of broker"):
+        start(cafile="ca.pem", certfile="client.pem", keyfile="server.key")
