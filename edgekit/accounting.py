@@ -251,6 +251,8 @@ class Accounting:
         return sum(boot.reordered for boot in self.boots)
 
     def __str__(self) -> str:
+        if not self._streams:
+            return "no predictions"
         duplicates, unflagged = self.duplicates, self.duplicates_unflagged
         flagged = f" ({unflagged:,} not marked as such)" if unflagged else " (all replayed)" if duplicates else ""
         came = (

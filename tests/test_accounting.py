@@ -73,6 +73,10 @@ def test_what_came_is_counted(seqs: list[int], expected: dict[str, int]) -> None
     assert figures(heard(seqs)) == expected
 
 
+def test_nothing_at_all_is_not_nothing_missing() -> None:
+    assert str(Accounting()) == str(Accounting(partial=True)) == "no predictions"
+
+
 def test_add_tells_what_is_missing_before_and_whether_it_came_before() -> None:
     accounting = Accounting()
     told = [accounting.add(prediction(seq)) for seq in (5, 6, 9, 7, 9)]

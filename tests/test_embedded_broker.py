@@ -50,11 +50,11 @@ def test_mqtt_5_is_refused(free_port: Callable[[], int], flags: int) -> None:
     """As 3.1.1 has it, so that the client connects again with that; amqtt would wait for more to come."""
     will = b"\x00\x00\x01a\x00\x01b" if flags & 0x04 else b""
     body = b"\x00\x04MQTT\x05" + bytes([flags]) + b"\x00\x1e\x05\x11\x00\x00\x00\x3c\x00\x03one" + will
-    with EmbeddedBroker(f"embedded://127.0.0.1:{free_port()}") as broker:
-        with socket.create_connection((broker.address.host, broker.address.port), 5) as client:
-            client.sendall(b"\x10" + bytes([len(body)]) + body)
-            assert client.recv(100) == b"\x20\x02\x00\x01"
-            assert client.recv(100) == b""
+    port = free_port()
+    with EmbeddedBroker(f"embedded://127.0.0.1:{port}"), socket.create_connection(("127.0.0.1", port), 5) as client:
+        client.sendall(b"\x10" + bytes([len(body)]) + body)
+        assert client.recv(100) == b"\x20\x02\x00\x01"
+        assert client.recv(100) == b""
 
 
 def test_port_that_is_taken_is_an_error(free_port: Callable[[], int]) -> None:
