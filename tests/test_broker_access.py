@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -267,6 +268,38 @@ def test_bridge_of_a_site_keeps_what_comes_while_the_hub_is_away(
     consumer = Client(hub, "archive")
     consumer.subscribe("edgekit/+/+/state")
     assert sorted_messages(consumer, 30) == [(stream, b"away") for stream in streams]
+
+
+def test_run_and_listen_work_under_it(
+    hub: SimpleNamespace, models: Path, frames: Path, until_listening: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "archive.password").write_text("secret of archive\n")
+    (tmp_path / "archive.password").chmod(0o600)
+    house = Client(hub, "homeassistant")
+    house.subscribe("homeassistant/device/+/config")
+
+    def start(*command: str | Path) -> subprocess.Popen[str]:
+        command = (sys.executable, "-m", "edgekit", *command, "--cafile", hub.folder / "ca.crt")
+        pipe = subprocess.PIPE
+        return subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=pipe, stderr=pipe, text=True)
+
+    url = f"mqtts://archive@localhost:{hub.consumers_port}"
+    listening = start("listen", "--broker", url, "--password-file", "archive.password", "--count", "9")
+    until_listening(listening)
+    running = start(
+        "run", models / "int8.tflite", "--source", frames, "--loop", "--max-fps", "20", "--spool", tmp_path / "spool",
+        "--device-id", "pi-4", "--stream", "door", "--broker", f"mqtts://localhost:{hub.devices_port}",
+        "--cert", hub.folder / "pi-4.crt", "--key", hub.folder / "pi-4.key",
+    )  # fmt: skip
+    try:
+        output, log = listening.communicate(timeout=60)
+        assert output.count("  pi-4/door  #") == 9 and "nothing missing: 9 predictions" in log
+        assert house.received.get(timeout=30)[0] == "homeassistant/device/pi-4/config"
+    finally:
+        listening.kill()
+        running.terminate()
+        _, log = running.communicate(timeout=30)
+    assert running.returncode == 0 and "refuse" not in log, log
 
 
 @pytest.mark.parametrize("arguments", [["device", "Pi 4"], ["device", "../pi"], ["device", "ca"], ["server"], []])
