@@ -211,7 +211,7 @@ class Publisher:
             self._spool.mark()
         self._tokens = min(REPLAY_PER_S / 5, self._tokens + (now_s - self._tokens_s) * REPLAY_PER_S)
         self._tokens_s = now_s
-        room = min(MAX_INFLIGHT, self._connection.receive_maximum) - len(self._inflight)
+        room = min(MAX_INFLIGHT, self._connection.client.broker_receive_maximum) - len(self._inflight)
         if room <= 0:
             return 60.0
         rows = self._spool.take(room)
@@ -228,7 +228,7 @@ class Publisher:
         if stored.replayed:
             # Nowhere else: in a string, the quotation marks would have backslashes before them.
             payload = payload.replace(b'"replayed":false', b'"replayed":true', 1)
-        if len(payload) + len(to) + 32 > self._connection.maximum_packet_size:
+        if len(payload) + len(to) + 32 > self._connection.client.broker_maximum_packet_size:
             self._spool.drop(stored, "too large for the broker")
             return
         left_s = self._spool.max_age_s - (self._spool.clock_s - stored.stored_s)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import random
 import selectors
@@ -16,24 +15,18 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
+from paho.mqtt.client import MQTTMessage
+from paho.mqtt.enums import MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
 from edgekit.broker import BrokerAddress
 from edgekit.errors import BrokerError
+from edgekit.mqtt_client import ANSWER_TIMEOUT_S, Client
 
 logger = logging.getLogger(__name__)
 
 _NAMES = {MQTTProtocolVersion.MQTTv5: "MQTT 5", MQTTProtocolVersion.MQTTv311: "MQTT 3.1.1"}
 
-KEEP_ALIVE_S = 30
-# Packets are read up to so many before it is the turn of others.
-_READS = 100
-# For the connection, and for the broker's answer, each.
-ANSWER_TIMEOUT_S = 10.0
 # A connection that is not waited for is given so long to come or be refused.
 START_S = 3.0
 # Waits before connecting again double from the first to the second, each shortened by chance to half at most.
@@ -57,49 +50,6 @@ _TEMPORARY = {
 def unique_client_id(purpose: str) -> str:
     """A client id that no other client has; a second client of the same id would throw the first one out."""
     return f"edgekit-{purpose}-{uuid.uuid4().hex[:8]}"
-
-
-class _ReadAhead:
-    """A socket that asks the system for as much as there is: paho asks for each byte of a header by itself."""
-
-    def __init__(self, sock: Any) -> None:
-        self._sock = sock
-        self._ahead = memoryview(b"")
-
-    def recv(self, size: int) -> bytes:
-        if not self._ahead:
-            self._ahead = memoryview(self._sock.recv(max(size, 16384)))
-        part, self._ahead = self._ahead[:size], self._ahead[size:]
-        return bytes(part)
-
-    def pending(self) -> int:
-        """Bytes that were received and not read, of which the system knows nothing."""
-        return len(self._ahead) + (self._sock.pending() if isinstance(self._sock, ssl.SSLSocket) else 0)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._sock, name)
-
-
-class _Packed(Properties):
-    """Properties that are not packed anew for each message: that alone takes longer than to send it."""
-
-    packed: bytes | None = None
-
-    def pack(self) -> bytes:
-        if self.packed is None:
-            # past the check of names in Properties.__setattr__
-            object.__setattr__(self, "packed", super().pack())
-        return self.packed or b""
-
-
-@functools.lru_cache(maxsize=8)
-def _properties(expiry_s: int | None, correlation_data: bytes | None) -> Properties:
-    properties = _Packed(PacketTypes.PUBLISH)
-    if expiry_s is not None:
-        properties.MessageExpiryInterval = expiry_s
-    if correlation_data is not None:
-        properties.CorrelationData = correlation_data
-    return properties
 
 
 class Connection:
@@ -140,35 +90,34 @@ class Connection:
         manual_ack: bool = False,
         on_connect: Callable[[], None] | None = None,
         on_disconnect: Callable[[], None] | None = None,
-        on_message: Callable[[paho.MQTTMessage], None] | None = None,
+        on_message: Callable[[MQTTMessage], None] | None = None,
         on_publish: Callable[[int, ReasonCode], None] | None = None,
         on_subscribe: Callable[[list[ReasonCode]], None] | None = None,
         on_turn: Callable[[], float | None] | None = None,
     ) -> None:
-        self.address, self._client_id, self._will = address, client_id, will
-        self._subscriptions, self._session_expiry_s = tuple(subscriptions), session_expiry_s
-        self._receive_maximum, self._maximum_packet_size = receive_maximum, maximum_packet_size
-        self._manual_ack = manual_ack
+        self.address, self._client_id, self._subscriptions = address, client_id, tuple(subscriptions)
+        self._options: dict[str, Any] = {
+            "will": will,
+            "session_expiry_s": session_expiry_s,
+            "receive_maximum": receive_maximum,
+            "maximum_packet_size": maximum_packet_size,
+            "manual_ack": manual_ack,
+        }
         self._on_connect, self._on_disconnect, self._on_message = on_connect, on_disconnect, on_message
         self._on_publish, self._on_subscribe, self._on_turn = on_publish, on_subscribe, on_turn
         self._tls = address.tls_context()
         self.connected = False
         self.protocol = address.protocols[0]
-        self.session_present = False  # the broker had kept our session
-        # Of the broker, for what we send.
-        self.receive_maximum, self.maximum_packet_size = 65535, 2**28
         self._settled = False  # on the protocol: it was accepted once
-        self._client: paho.Client | None = None
-        self._sock: _ReadAhead | None = None
+        self._client: Client | None = None
+        self._sock: Any = None
         self._dialling = False
-        self._dialled: tuple[paho.Client, Exception | None] | None = None
-        self._answer: ReasonCode | None = None
-        self._answer_properties: Properties | None = None
+        self._dialled: tuple[Client, Exception | None] | None = None
         self._since_s = self._retry_s = 0.0
         self._failures = 0
         self._awaited = False  # someone waits for the first connection
         self._told, self._told_s = "", 0.0
-        self._acks: deque[tuple[paho.Client, int]] = deque()
+        self._acks: deque[tuple[Client, int]] = deque()
         self._closing = threading.Event()
         self._changed = threading.Condition()
         self._error: BrokerError | None = None  # why the last attempt failed
@@ -215,7 +164,7 @@ class Connection:
             self._awaited = False
         return True
 
-    def ack(self, message: paho.MQTTMessage, client: paho.Client) -> None:
+    def ack(self, message: MQTTMessage, client: Client) -> None:
         """Acknowledges a message that ``client`` received; nothing is done if that connection has gone since."""
         self._acks.append((client, message.mid))
         self.wake()
@@ -240,8 +189,8 @@ class Connection:
     # -- for the callbacks -----------------------------------------------------------------------------------------
 
     @property
-    def client(self) -> paho.Client:
-        """The present connection's."""
+    def client(self) -> Client:
+        """Of the present connection: what the broker allows us, and whether it had kept our session."""
         assert self._client
         return self._client
 
@@ -256,10 +205,7 @@ class Connection:
         correlation_data: bytes | None = None,
     ) -> int:
         """Sends a message; its id. ``expiry_s``: the broker keeps it for so long for who is away (MQTT 5)."""
-        properties = None
-        if self.protocol == MQTTProtocolVersion.MQTTv5 and (expiry_s is not None or correlation_data is not None):
-            properties = _properties(expiry_s, correlation_data)
-        return self.client.publish(topic, payload, qos, retain, properties).mid
+        return self.client.send(topic, payload, qos, retain, expiry_s, correlation_data)
 
     def subscribe(self, *topic_filters: str) -> None:
         self.client.subscribe([(topic_filter, 1) for topic_filter in topic_filters])
@@ -292,12 +238,11 @@ class Connection:
                 self._dial()
             else:
                 wait_s = min(wait_s, self._retry_s - now_s)
-        sock = self._sock
-        if self._client and sock:
+        if self._client and self._sock:
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._client.want_write() else 0)
-            if self._selector.get_key(sock).events != events:
-                self._selector.modify(sock, events)
-            if sock.pending():
+            if self._selector.get_key(self._sock).events != events:
+                self._selector.modify(self._sock, events)
+            if self._client.ahead:
                 wait_s = 0.0
         ready = {key.fileobj: events for key, events in self._selector.select(wait_s)}
         if self._wake_r in ready:
@@ -307,35 +252,11 @@ class Connection:
         if self._dialled:
             self._take_over(*self._dialled)
         elif self._client:
-            self._serve(self._client, ready.get(sock, 0) if sock else 0)
+            self._serve(self._client, bool(ready.get(self._sock, 0) & selectors.EVENT_READ))
 
     def _dial(self) -> None:
         """Begins to connect, in a thread of its own: names that nobody resolves and hosts that keep silent block."""
-        v5 = self.protocol == MQTTProtocolVersion.MQTTv5
-        client = paho.Client(
-            CallbackAPIVersion.VERSION2,
-            client_id=self._client_id,
-            protocol=self.protocol,
-            clean_session=None if v5 else not self._session_expiry_s,
-            reconnect_on_failure=False,
-            manual_ack=self._manual_ack,
-        )
-        client.connect_timeout = ANSWER_TIMEOUT_S
-        client.max_inflight_messages_set(65535)  # what may be under way is for the owner to decide
-        client.username_pw_set(self.address.username, self.address.password)
-        if self._tls:
-            client.tls_set_context(self._tls)
-        if self._will:
-            client.will_set(*self._will, qos=1, retain=True)
-        properties = None
-        if v5:
-            properties = Properties(PacketTypes.CONNECT)
-            properties.SessionExpiryInterval = self._session_expiry_s
-            properties.ReceiveMaximum = self._receive_maximum
-            if self._maximum_packet_size:
-                properties.MaximumPacketSize = self._maximum_packet_size
-        client.on_connect = self._answered
-        client.on_disconnect = self._disconnected
+        client = Client(self.address, self._client_id, self.protocol, self._tls, **self._options)
         if on_message := self._on_message:
             client.on_message = lambda _client, _userdata, message: on_message(message)
         if on_publish := self._on_publish:
@@ -346,19 +267,17 @@ class Connection:
         def dial() -> None:
             error: Exception | None = None
             try:
-                clean = {"clean_start": not self._session_expiry_s} if v5 else {}
-                client.connect(self.address.host, self.address.port, KEEP_ALIVE_S, properties=properties, **clean)
+                client.dial()
             except Exception as failure:  # told by _take_over
                 error = failure
             self._dialled = client, error
             self.wake()
 
-        self._dialling, self._answer = True, None
+        self._dialling = True
         threading.Thread(target=dial, name=f"dial-{self._client_id}", daemon=True).start()
 
-    def _take_over(self, client: paho.Client, error: Exception | None) -> None:
+    def _take_over(self, client: Client, error: Exception | None) -> None:
         self._dialled, self._dialling = None, False
-        sock = client.socket()
         if error:
             mend = "check host and port, and that the broker runs"
             if isinstance(error, ssl.SSLCertVerificationError):
@@ -367,43 +286,26 @@ class Connection:
                 mend = "check that it speaks TLS on this port"
             self._fail(f"broker {self.address} cannot be reached ({error})", mend)
             return
-        if not sock:
+        self._sock = client.open()
+        if not self._sock:
             self._hung_up()
             return
         self._client, self._since_s = client, time.monotonic()
-        client._sock = self._sock = _ReadAhead(sock)  # type: ignore[assignment]  # paho has no way to give it one
         self._selector.register(self._sock, selectors.EVENT_READ)
 
-    def _serve(self, client: paho.Client, events: int) -> None:
-        sock = self._sock
+    def _serve(self, client: Client, readable: bool) -> None:
         while self._acks:
             of_client, mid = self._acks.popleft()
             if of_client is client:
                 client.ack(mid, 1)
-        if sock and (events & selectors.EVENT_READ or sock.pending()):
-            client.loop_read()
-            for _ in range(_READS):
-                if not sock.pending() or client.socket() is None:
-                    break
-                client.loop_read()
-        if client.want_write():
-            client.loop_write()
-        client.loop_misc()
-        if self._answer is not None and not self.connected:
-            self._judge(self._answer)
-        elif not self.connected and time.monotonic() - self._since_s > ANSWER_TIMEOUT_S:
+        client.serve(readable)
+        if client.answer is not None and not self.connected:
+            self._judge(client.answer)
+        elif self.connected and client.socket() is None:
+            self._lost(client.lost_because)
+        elif not self.connected and (client.socket() is None or time.monotonic() - self._since_s > ANSWER_TIMEOUT_S):
             self._drop()
             self._hung_up()
-        elif client.socket() is None:  # _disconnected has told why
-            self._drop()
-            if not self.connected:
-                self._hung_up()
-            else:
-                self._lost()
-
-    def _answered(self, _client: Any, _userdata: Any, flags: Any, reason: ReasonCode, properties: Any) -> None:
-        self._answer, self._answer_properties = reason, properties
-        self.session_present = bool(flags.session_present)
 
     def _judge(self, answer: ReasonCode) -> None:
         name = answer.getName()
@@ -420,9 +322,6 @@ class Connection:
                     refused=True,
                 )
             return
-        limits = self._answer_properties
-        self.receive_maximum = getattr(limits, "ReceiveMaximum", 65535 if limits else 20)
-        self.maximum_packet_size = getattr(limits, "MaximumPacketSize", 2**28)
         self._since_s, self._settled, self._told = time.monotonic(), True, ""
         with self._changed:
             self.connected, self._error, self._refused = True, None, False
@@ -433,14 +332,10 @@ class Connection:
         if self._on_connect:
             self._on_connect()
 
-    def _disconnected(self, _client: Any, _userdata: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
-        if self.connected and not self._closing.is_set():
-            name = reason.getName()
-            why = "it hung up" if name == "Unspecified error" else name.lower()
-            logger.warning("connection to %s lost: %s; connecting again", self.address, why)
-
-    def _lost(self) -> None:
+    def _lost(self, why: str) -> None:
+        self._drop()
         self.connected = False
+        logger.warning("connection to %s lost: %s; connecting again", self.address, why)
         if time.monotonic() - self._since_s > GOOD_S:
             self._failures = 0
         elif self._failures == 3:  # not every broker tells
@@ -496,11 +391,10 @@ class Connection:
             self._sock = None
 
     def _recover(self) -> None:
-        if self._client:
-            self._drop()
         if self.connected:
-            self._lost()
+            self._lost("an error of ours")
         else:
+            self._drop()
             self._back_off()
 
     def _release(self) -> None:

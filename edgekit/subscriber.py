@@ -117,7 +117,7 @@ class Subscriber:
 
     def _connected(self) -> None:
         """If the broker still has our session it sends what waits here again: that is not to come twice."""
-        if self._connection.session_present:
+        if self._connection.client.session_present:
             present = self._connection.client
             with self._changed:
                 kept = [(message, of) for message, of in self._messages if of is present or not message.qos]
