@@ -366,13 +366,13 @@ class Connection:
         if refused:
             self._failures = 99
         self._back_off()
-        with self._changed:
-            self._error, self._refused = BrokerError(what, mend=mend), refused
-            self._changed.notify_all()
         now_s = time.monotonic()
         if what != self._told or now_s - self._told_s > REMIND_S:
             self._told, self._told_s = what, now_s
             logger.log(logging.ERROR if refused else logging.WARNING, "%s; %s; trying again", what, mend)
+        with self._changed:
+            self._error, self._refused = BrokerError(what, mend=mend), refused
+            self._changed.notify_all()
 
     def _back_off(self) -> None:
         first_s, last_s = BACKOFF_S

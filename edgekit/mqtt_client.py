@@ -50,13 +50,13 @@ class _Packed(Properties):
     def pack(self) -> bytes:
         if self.packed is None:
             # past the check of names in Properties.__setattr__
-            object.__setattr__(self, "packed", super().pack())
+            object.__setattr__(self, "packed", super().pack())  # type: ignore[no-untyped-call]
         return self.packed or b""
 
 
 @functools.lru_cache(maxsize=8)
 def _properties(expiry_s: int | None, correlation_data: bytes | None) -> Properties:
-    properties = _Packed(PacketTypes.PUBLISH)
+    properties = _Packed(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
     if expiry_s is not None:
         properties.MessageExpiryInterval = expiry_s
     if correlation_data is not None:
@@ -107,7 +107,7 @@ class Client(paho.Client):
             self.will_set(*will, qos=1, retain=True)
         self._connecting: dict[str, Any] = {}
         if v5:
-            properties = Properties(PacketTypes.CONNECT)
+            properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
             properties.SessionExpiryInterval = session_expiry_s
             properties.ReceiveMaximum = receive_maximum
             if maximum_packet_size:
