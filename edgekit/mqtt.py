@@ -323,10 +323,10 @@ class Connection:
                 )
             return
         self._since_s, self._settled, self._told = time.monotonic(), True, ""
+        logger.info("connected to %s with %s", self.address, _NAMES[self.protocol])
         with self._changed:
             self.connected, self._error, self._refused = True, None, False
             self._changed.notify_all()
-        logger.info("connected to %s with %s", self.address, _NAMES[self.protocol])
         if self._subscriptions:
             self.subscribe(*self._subscriptions)
         if self._on_connect:
