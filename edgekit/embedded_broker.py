@@ -36,7 +36,7 @@ class EmbeddedBroker:
     def __init__(self, url: str = "embedded") -> None:
         from amqtt.broker import Broker
 
-        _refuse_mqtt_5()
+        _mend_amqtt()
         try:
             parts = urlsplit(url if "://" in url else "embedded://")
             self.address = BrokerAddress(
@@ -91,10 +91,12 @@ class EmbeddedBroker:
 
         def idle() -> bool:
             broker = self._broker
+            sessions = [session for session, _ in tuple(broker._sessions.values())]
             return (
-                broker._broadcast_queue.empty()
+                all(session.delivered_message_queue.empty() for session in sessions)
+                and broker._broadcast_queue.empty()
                 and not any(not task.done() for task in tuple(broker._tasks_queue))
-                and not any(session.inflight_out for session, _ in tuple(broker._sessions.values()))
+                and not any(session.inflight_out for session in sessions)
             )
 
         return _wait(idle, timeout_s)
@@ -122,12 +124,14 @@ class EmbeddedBroker:
         self.close()
 
 
-def _refuse_mqtt_5() -> None:
-    """Has amqtt answer a CONNECT of MQTT 5 that it does not speak it.
+def _mend_amqtt() -> None:
+    """Has amqtt refuse a CONNECT of MQTT 5, and pass on all of a client that goes.
 
-    It takes the properties in it for other fields and waits for the rest of those: Yakifo/amqtt#325.
+    It takes the properties of MQTT 5 for other fields and waits for the rest of those (Yakifo/amqtt#325); and it
+    forgets what a client has published, though it acknowledged it, if that disconnects before it is distributed.
     """
     from amqtt.mqtt.connect import ConnectPacket, ConnectPayload
+    from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
 
     class Payload(ConnectPayload):  # type: ignore[misc]
         @classmethod
@@ -136,7 +140,14 @@ def _refuse_mqtt_5() -> None:
                 return cls("unread", "unread", b"")
             return await super().from_stream(reader, fixed_header, variable_header)
 
+    async def wait_disconnect(handler: Any) -> Any:
+        packet = await handler._disconnect_waiter if handler._disconnect_waiter is not None else None
+        while handler.session and not handler.session.delivered_message_queue.empty():
+            await asyncio.sleep(0.001)
+        return packet
+
     ConnectPacket.PAYLOAD = Payload
+    BrokerProtocolHandler.wait_disconnect = wait_disconnect
 
 
 def _wait(condition: Callable[[], bool], timeout_s: float) -> bool:
