@@ -48,7 +48,7 @@ class Mosquitto:
         (folder / "mosquitto.conf").write_text(settings)
         self._command = [program, "-c", str(folder / "mosquitto.conf")]
         self._log, self._database = folder / "mosquitto.log", folder / "mosquitto.db"
-        self.start()
+        self._process = self._start()
 
     def start(self) -> None:
         """Does nothing if it runs.
@@ -56,17 +56,20 @@ class Mosquitto:
         Raises:
             BrokerError: it does not start; with the end of its log.
         """
-        if hasattr(self, "_process") and self._process.poll() is None:
-            return
+        if self._process.poll() is not None:
+            self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
+            process = subprocess.Popen(self._command, stdout=log, stderr=log)
         deadline_s = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
                 socket.create_connection(("127.0.0.1", self.port), 1).close()
-                return
+                return process
             except OSError:
-                if self._process.poll() is not None or time.monotonic() > deadline_s:
+                if process.poll() is not None or time.monotonic() > deadline_s:
+                    process.kill()
                     last = self._log.read_text(errors="replace").splitlines()[-1:]
                     raise BrokerError("mosquitto does not start", got="".join(last), mend="see its log") from None
                 time.sleep(0.02)

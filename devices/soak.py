@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _MADE = ("-m", "edgekit.devices.soak_runtime")
 _DEVICE, _STREAM = "soak", "main"
 # The longest that a fault lasts.
-_LONGEST_S = 20.0
+_LONGEST_S = 10.0
 # A connection is tried again every 30 s at least, and what waited is sent then: so long may nothing arrive.
 _PATIENCE_S = 45.0
 _START_S = 60.0
