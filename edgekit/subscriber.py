@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import get_args
 
 import msgspec
-import paho.mqtt.client as paho
+from paho.mqtt.client import MQTTMessage
 from paho.mqtt.enums import MQTTProtocolVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
@@ -21,7 +21,8 @@ from edgekit.accounting import Accounting
 from edgekit.broker import BrokerAddress, parse_broker
 from edgekit.errors import BrokerError, EdgekitError
 from edgekit.messages import PREFIX, check_name, check_prefix
-from edgekit.mqtt import ANSWER_TIMEOUT_S, Connection, unique_client_id
+from edgekit.mqtt import Connection, unique_client_id
+from edgekit.mqtt_client import ANSWER_TIMEOUT_S, Client
 from edgekit.received import OF_DEVICE, Kind, Message, decode
 
 logger = logging.getLogger(__name__)
@@ -87,8 +88,8 @@ class Subscriber:
         ]
         self.accounting = Accounting(partial=group is not None)
         self._group, self._patience_s, self._keeps_session = group, patience_s, session_expiry_s > 0
-        self._messages: deque[tuple[paho.MQTTMessage, paho.Client]] = deque()
-        self._handed_out: tuple[paho.MQTTMessage, paho.Client] | None = None
+        self._messages: deque[tuple[MQTTMessage, Client]] = deque()
+        self._handed_out: tuple[MQTTMessage, Client] | None = None
         self._changed = threading.Condition()
         self._tell_loop: Callable[[], object] | None = None
         self._held = False  # until it is known whether what waits here will come again
@@ -128,7 +129,7 @@ class Subscriber:
     def _lost(self) -> None:
         self._held = self._keeps_session
 
-    def _received(self, message: paho.MQTTMessage) -> None:
+    def _received(self, message: MQTTMessage) -> None:
         if message.qos == 0 and len(self._messages) >= QOS_0_WAITING:
             self._dropped += 1
             if self._dropped == 1:
