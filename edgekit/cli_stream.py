@@ -1,0 +1,263 @@
+"""The commands about predictions: ``run``, ``listen`` and ``soak``, thin faces of what does it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import threading
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import edgekit
+from edgekit.cli_options import broker_options, command, kernels, prefix
+from edgekit.errors import EdgekitError
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from edgekit.messages import PredictionMessage
+    from edgekit.subscriber import Message
+
+
+def _thresholds(given: tuple[str, ...]) -> dict[str, float]:
+    """By label; "*" are all that are not named."""
+    by_label = {}
+    for one in given:
+        label, _, score = one.rpartition("=")
+        try:
+            by_label[label or "*"] = float(score)
+        except ValueError as error:
+            raise click.BadParameter(f"{one!r} is neither a score nor LABEL=SCORE") from error
+    return by_label
+
+
+@command
+@click.argument("bundle")
+@click.option(
+    "--source",
+    required=True,
+    help="camera:N, rtsp://…, http://… (MJPEG), a video, an image, a folder of images, mic, mic:NAME or an audio file.",
+)
+@click.option(
+    "--broker",
+    default="mqtt://localhost",
+    show_default=True,
+    help="mqtt://[user:pass@]host[:port], mqtts://…, embedded or none.",
+)
+@click.option("--device-id", help="This device's name in the topics.  [default: the host's name]")
+@click.option("--stream", default="main", show_default=True, help="This stream's name in the topics.")
+@click.option("--delegate", type=click.Choice(["auto", "cpu"]), default="auto", show_default=True)
+@click.option(
+    "--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="Threads of the CPU kernels."
+)
+@click.option(
+    "--threshold",
+    multiple=True,
+    metavar="SCORE|LABEL=SCORE",
+    callback=lambda _context, _option, given: _thresholds(given),
+    help="Leave out classes with a lower score, or one class; may be given again.  [default: 0]",
+)
+@click.option("--top-k", type=int, default=3, show_default=True, help="Name so many classes at most.")
+@click.option("--max-fps", type=float, help="Take no more frames a second.")
+@click.option("--hop", "hop_s", type=float, metavar="SECONDS", help="Of sound: take a window so often.")
+@click.option("--loop", is_flag=True, help="Start a file source again at its end.")
+@click.option("--labels", metavar="FILE", help="A label file to use instead of the packed one.")
+@kernels
+@broker_options
+@prefix
+@click.option(
+    "--spool",
+    metavar="DIR",
+    help="Keep predictions in this folder until the broker has them.  [default: ~/.local/state/edgekit]",
+)
+@click.option(
+    "--spool-size",
+    "spool_mb",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    metavar="MB",
+    help="Keep no more.",
+)
+@click.option(
+    "--spool-days",
+    type=click.FloatRange(0, min_open=True),
+    default=7,
+    show_default=True,
+    help="Keep none for longer.",
+)
+@click.option("--no-commands", is_flag=True, help="Take no commands over MQTT.")
+@click.option("--no-home-assistant", is_flag=True, help="Do not announce the device to Home Assistant.")
+@click.option(
+    "--label-group",
+    "label_groups",
+    multiple=True,
+    metavar="NAME=LABEL,LABEL",
+    help="A binary sensor of Home Assistant for these labels; may be given again.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print each prediction on stdout too, one JSON object a line.")
+def run(
+    bundle: str,
+    source: str,
+    as_json: bool,
+    spool_mb: int,
+    spool_days: float,
+    no_commands: bool,
+    no_home_assistant: bool,
+    **options: Any,
+) -> None:
+    """Stream SOURCE through BUNDLE and publish what it sees or hears.
+
+    BUNDLE is one for audio tagging, or any .tflite that classifies images.
+    """
+    from edgekit.messages import encode
+
+    stop, started = threading.Event(), threading.Event()
+    interrupted = []
+
+    def on_signal(number: int, _frame: object) -> None:
+        interrupted.append(number)
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        if not started.is_set():  # still opening or connecting: nothing is lost
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(0)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+    bar: Any = nullcontext()
+    if sys.stderr.isatty():  # a service needs no bar, nor the memory of what draws it
+        from edgekit.terminal import progress_bar
+
+        bar = progress_bar()
+    with bar as progress:
+
+        def show(message: PredictionMessage) -> None:
+            if as_json:
+                click.echo(encode(message))
+            if progress:
+                progress("frames", message.seq, 0)
+
+        edgekit.run(
+            bundle,
+            source,
+            spool_bytes=spool_mb << 20,
+            spool_age_s=spool_days * 86400,
+            commands=not no_commands,
+            home_assistant=not no_home_assistant,
+            stop=stop,
+            on_start=started.set,
+            on_prediction=show,
+            **options,
+        )
+    if signal.SIGINT in interrupted:
+        raise KeyboardInterrupt
+
+
+@command
+@click.option(
+    "--broker", default="mqtt://localhost", show_default=True, help="mqtt://[user:pass@]host[:port] or mqtts://…"
+)
+@broker_options
+@prefix
+@click.option("--device", help="Only this device.")
+@click.option("--stream", help="Only this stream.")
+@click.option("--group", help="Share the messages with the other listeners of this group.")
+@click.option("--client-id", help="Our name at the broker, for --session-expiry.  [default: a random one]")
+@click.option(
+    "--session-expiry",
+    "session_expiry_s",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    metavar="SECONDS",
+    help="Have the broker keep for so long what comes while we are away.  [default: not at all]",
+)
+@click.option("--count", type=click.IntRange(1), help="End after so many predictions.")
+@click.option("--timeout", type=float, metavar="SECONDS", help="Fail when nothing arrives for so long.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line: topic and payload.")
+def listen(broker: Any, count: int | None, timeout: float | None, as_json: bool, **options: Any) -> None:
+    """Show predictions, events and status as devices publish them: a table on a terminal, lines elsewhere.
+
+    At the end it says whether a prediction is missing.
+    """
+
+    def on_terminate(_number: int, _frame: object) -> None:
+        raise SystemExit(0)
+
+    signal.signal(signal.SIGTERM, on_terminate)
+    patience_s = 30.0 if timeout is None else timeout
+    with edgekit.Subscriber(
+        broker, kinds=("prediction", "event", "status"), patience_s=patience_s, **options
+    ) as subscriber:
+        logger.info("listening")
+        shown: Any = nullcontext(_echo_json if as_json else click.echo)
+        if not as_json and sys.stdout.isatty():
+            from edgekit.terminal import live_table
+
+            shown = live_table(subscriber.accounting)
+        seen = 0
+        try:
+            with shown as show:
+                while count is None or seen < count:
+                    message = subscriber.next(timeout)
+                    show(message)
+                    seen += message.kind == "prediction"
+        except TimeoutError as error:
+            raise EdgekitError(f"{error} ({seen} predictions so far)", mend="check that the device runs") from error
+        finally:
+            click.echo(subscriber.accounting, err=True)
+
+
+def _echo_json(message: Message) -> None:
+    shown = {"topic": message.topic, "payload": message.payload}
+    if message.missing:
+        shown["missing"] = message.missing[0], message.missing[-1]
+    if message.duplicate:
+        shown["duplicate"] = True
+    click.echo(json.dumps(shown, ensure_ascii=False))
+
+
+@command
+@click.argument("bundle", required=False)
+@click.option("--source", help="What BUNDLE is to see or hear: a file or a folder, over and over.")
+@click.option("--rate", type=float, default=50.0, show_default=True, help="Predictions a second.")
+@click.option(
+    "--duration", "duration_s", type=float, default=60.0, show_default=True, metavar="SECONDS", help="Of all faults."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of when the faults come and how long they last.")
+@click.option("--broker-kills", type=click.IntRange(0), default=3, show_default=True, help="Kill the broker so often.")
+@click.option("--broker-restarts", type=click.IntRange(0), default=1, show_default=True, help="Restart it so often.")
+@click.option(
+    "--runtime-kills", type=click.IntRange(0), default=2, show_default=True, help="Kill the runtime so often."
+)
+@click.option("--cuts", type=click.IntRange(0), default=1, show_default=True, help="Reset its connection so often.")
+@click.option("--delays", type=click.IntRange(0), default=1, show_default=True, help="Hold what is sent so often.")
+@click.option("--disk-full", type=click.IntRange(0), default=1, show_default=True, help="Fill its disk so often.")
+@click.option("--folder", metavar="DIR", help="Leave spool and logs here.  [default: a temporary one]")
+@click.option("--json", "as_json", is_flag=True, help="Print the account as JSON.")
+def soak(as_json: bool, **options: Any) -> None:
+    """Let a broker, a runtime, its network and its disk fail, and account for every prediction.
+
+    The broker is a Mosquitto of its own. The runtime runs BUNDLE, or without one publishes made predictions. Fails if a
+    prediction was lost, or came twice without being marked.
+    """
+    import dataclasses
+
+    import msgspec
+
+    from edgekit.devices.soak import Faults, soak
+    from edgekit.terminal import progress_bar
+
+    faults = Faults(**{field.name: options.pop(field.name) for field in dataclasses.fields(Faults)})
+    with progress_bar() as progress:
+        result = soak(faults=faults, progress=progress, **options)
+    click.echo(msgspec.json.encode(result) if as_json else str(result))
+    if not result.sound:
+        raise EdgekitError(
+            f"{len(result.lost)} predictions lost, {result.duplicates_unflagged} duplicates not marked as such",
+            mend="look at the logs that --folder leaves",
+        )
