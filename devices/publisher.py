@@ -167,6 +167,8 @@ class Publisher:
         what = f"broker {self._address} has not acknowledged {left} messages"
         if self._refusal:
             what = f"broker {self._address} refuses what is published ({self._refusal}): {left} messages are left"
+        elif not self._was_connected:
+            what = f"broker {self._address} cannot be reached: {left} messages are left"
         if self._spool.path is None:
             raise BrokerError(what, mend="check the broker and run again")
         what += f"; they are kept in {self._spool.path}"

@@ -294,10 +294,7 @@ class Connection:
         self._selector.register(self._sock, selectors.EVENT_READ)
 
     def _serve(self, client: Client, readable: bool) -> None:
-        while self._acks:
-            of_client, mid = self._acks.popleft()
-            if of_client is client:
-                client.ack(mid, 1)
+        self._send_acks(client)
         client.serve(readable)
         if client.answer is not None and not self.connected:
             self._judge(client.answer)
@@ -306,6 +303,12 @@ class Connection:
         elif not self.connected and (client.socket() is None or time.monotonic() - self._since_s > ANSWER_TIMEOUT_S):
             self._drop()
             self._hung_up()
+
+    def _send_acks(self, client: Client) -> None:
+        while self._acks:
+            of_client, mid = self._acks.popleft()
+            if of_client is client:
+                client.ack(mid, 1)
 
     def _judge(self, answer: ReasonCode) -> None:
         name = answer.getName()
@@ -407,6 +410,7 @@ class Connection:
         """Says DISCONNECT, having sent what is left."""
         client = self._client
         if client and self.connected:
+            self._send_acks(client)
             client.disconnect()
             deadline_s = time.monotonic() + 1.0
             while client.socket() and client.want_write() and time.monotonic() < deadline_s:

@@ -264,10 +264,10 @@ def test_stop_while_the_broker_is_away_keeps_what_is_left(
     with publisher(url) as publishes:
         publishes.prediction(prediction(1))
         stop.set()
-    assert "1 messages; they are kept in" in caplog.text
+    assert "1 messages are left; they are kept in" in caplog.text
     stop.clear()
     with (
-        pytest.raises(BrokerError, match=r"not acknowledged 2 messages; they are kept in .*pi\.door\.sqlite"),
+        pytest.raises(BrokerError, match=r"cannot be reached: 2 messages are left; they are kept in .*pi\.door\.sqlite"),
         publisher(url) as publishes,
     ):
         publishes.prediction(prediction(2))
@@ -280,7 +280,7 @@ def test_without_a_disk_what_is_left_is_an_error(
     address = parse_broker(f"mqtt://127.0.0.1:{free_port()}")
     stop.set()
     with (
-        pytest.raises(BrokerError, match=r"has not acknowledged 1 messages; check the broker and run again"),
+        pytest.raises(BrokerError, match=r"cannot be reached: 1 messages are left; check the broker and run again"),
         Publisher(address, INFO, "door", Spool(None), stop) as publishes,
     ):
         publishes.prediction(prediction(1))
