@@ -1,4 +1,4 @@
-"""What the spool costs: messages a second against plain paho, and the time a publish call takes from the thread that predicts.
+"""What the spool costs: messages a second against plain paho, and the time that a publish call takes.
 
     python benchmarks/publish.py [FOLDER]    # a folder for the spool, on the disk to be measured
 
@@ -7,7 +7,6 @@ Needs mosquitto. Both senders take turns within one run, on one broker.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import socket
@@ -46,8 +45,8 @@ INFO = InfoMessage(
 )
 
 
-def plain_paho(port: int) -> float:
-    """Messages a second from memory, until the last is acknowledged."""
+def plain_paho(port: int) -> tuple[float, float]:
+    """Messages a second from memory, until the last is acknowledged, and microseconds of CPU time for each."""
     done, left = threading.Event(), [MESSAGES]
     client = paho.Client(CallbackAPIVersion.VERSION2, protocol=MQTTProtocolVersion.MQTTv5)
 
@@ -59,51 +58,58 @@ def plain_paho(port: int) -> float:
     client.on_publish = acknowledged
     client.connect("127.0.0.1", port)
     client.loop_start()
-    began_s = time.perf_counter()
+    began_s, cpu_s = time.perf_counter(), time.process_time()
     for seq in range(MESSAGES):
         client.publish("edgekit/bench/main/prediction", encode(message(seq + 1)), qos=1)
     done.wait()
-    took_s = time.perf_counter() - began_s
+    result = MESSAGES / (time.perf_counter() - began_s), 1e6 * (time.process_time() - cpu_s) / MESSAGES
     client.disconnect()
     client.loop_stop()
-    return MESSAGES / took_s
+    return result
 
 
-def spooled(port: int, folder: Path) -> float:
+def spooled(port: int, folder: Path) -> tuple[float, float]:
+    """The same by way of a publisher and its spool."""
     publisher = Publisher(
         parse_broker(f"mqtt://127.0.0.1:{port}"), INFO, "main", Spool(folder / "rate.sqlite"), threading.Event()
     )
-    began_s = time.perf_counter()
+    began_s, cpu_s = time.perf_counter(), time.process_time()
     for seq in range(MESSAGES):
         publisher.prediction(message(seq + 1))
     while publisher._spool.messages:
         time.sleep(0.001)
-    took_s = time.perf_counter() - began_s
+    result = MESSAGES / (time.perf_counter() - began_s), 1e6 * (time.process_time() - cpu_s) / MESSAGES
     publisher.close()
-    return MESSAGES / took_s
+    return result
 
 
-def calls_ms(port: int, folder: Path, rate: float, seconds: float, busy: bool) -> np.ndarray:
-    """Milliseconds that each call of ``prediction`` took, at ``rate`` a second, with work in between that is NumPy's."""
-    publisher = Publisher(
-        parse_broker(f"mqtt://127.0.0.1:{port}"), INFO, "main", Spool(folder / "calls.sqlite"), threading.Event(), wait=False
-    )
+def calls_ms(port: int, folder: Path, rate: float, *, busy: bool, seconds: float = 20.0) -> np.ndarray:
+    """Milliseconds that each call of ``prediction`` took, at ``rate`` a second; ``busy``: with work in between that, as
+    an invoke, leaves Python to others."""
+    address, stop = parse_broker(f"mqtt://127.0.0.1:{port}"), threading.Event()
+    publisher = Publisher(address, INFO, "main", Spool(folder / "calls.sqlite"), stop, wait=False)
     work = np.ones((256, 256), np.float32)
-    took, next_s = [], time.perf_counter()
+    took: list[float] = []
+    next_s = time.perf_counter()
     for seq in range(int(rate * seconds)):
         next_s += 1 / rate
         while time.perf_counter() < next_s:
             if busy:
-                work @ work  # releases the interpreter's lock, as an invoke does
+                np.matmul(work, work)
             else:
                 time.sleep(max(0.0, next_s - time.perf_counter()))
         one = message(seq + 1)
         began_s = time.perf_counter()
         publisher.prediction(one)
         took.append(1e3 * (time.perf_counter() - began_s))
-    publisher._stop.set()
+    stop.set()
     publisher.close()
     return np.array(took)
+
+
+def report(what: str, took: np.ndarray) -> None:
+    p50, p99, worst = np.percentile(took, [50, 99, 100])
+    print(f"publish call, {what:30}  p50 {p50:.3f} ms, p99 {p99:.3f} ms, at most {worst:.2f} ms")
 
 
 def main() -> None:
@@ -119,26 +125,22 @@ def main() -> None:
         broker = subprocess.Popen([program, "-c", str(config)], stderr=subprocess.DEVNULL)
         time.sleep(0.5)
         try:
-            rates = [(plain_paho(port), spooled(port, folder)) for _ in range(ROUNDS)]
-            plain, kept = (statistics.median(column) for column in zip(*rates, strict=True))
-            ratios = sorted(one / other for other, one in rates)
             print(f"{len(encode(message(1)))} bytes, {MESSAGES} messages, {ROUNDS} turns")
-            print(f"plain paho, from memory   {plain:8,.0f} a second")
-            print(f"by way of the spool       {kept:8,.0f} a second, {statistics.median(ratios):.2f} x ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-            results = {"plain_per_s": plain, "spooled_per_s": kept, "ratio": statistics.median(ratios)}
-            for rate, busy in ((50, False), (50, True), (500, True)):
-                took = calls_ms(port, folder, rate, 10, busy)
-                p50, p99, worst = np.percentile(took, [50, 99, 100])
-                print(f"publish call, {rate} a second, {'busy' if busy else 'idle'}: p50 {p50:.3f} ms, p99 {p99:.3f} ms, at most {worst:.2f} ms")
-                results[f"call_p99_ms_{rate}_{'busy' if busy else 'idle'}"] = float(p99)
+            rounds = [(plain_paho(port), spooled(port, folder)) for _ in range(ROUNDS)]
+            plain, kept = (
+                tuple(map(statistics.median, zip(*column, strict=True))) for column in zip(*rounds, strict=True)
+            )
+            print(f"plain paho, from memory  {plain[0]:7,.0f} a second, {plain[1]:.0f} us of CPU each")
+            print(f"by way of the spool      {kept[0]:7,.0f} a second, {kept[1]:.0f} us of CPU each")
+            ratios = sorted(one[0] / other[0] for other, one in rounds)
+            print(f"ratio of rates {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+            report("50 a second", calls_ms(port, folder, 50, busy=False))
+            report("50 a second, busy between", calls_ms(port, folder, 50, busy=True))
+            report("500 a second, busy between", calls_ms(port, folder, 500, busy=True))
         finally:
             broker.terminate()
             broker.wait()
-        broker = None
-        took = calls_ms(port, folder, 50, 10, True)
-        p50, p99, worst = np.percentile(took, [50, 99, 100])
-        print(f"publish call, 50 a second, broker away: p50 {p50:.3f} ms, p99 {p99:.3f} ms, at most {worst:.2f} ms")
-        print(json.dumps(results))
+        report("50 a second, broker away", calls_ms(port, folder, 50, busy=True))
 
 
 if __name__ == "__main__":
