@@ -17,6 +17,8 @@ from typing import Any
 import paho.mqtt.client as paho
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "mosquitto"
@@ -27,9 +29,14 @@ def certificate(folder: Path, *arguments: str) -> subprocess.CompletedProcess[st
 
 
 class Client:
-    """A connected MQTT 5 client; ``received`` is a queue of topics and payloads."""
+    """A connected MQTT 5 client; ``received`` is a queue of topics and payloads.
 
-    def __init__(self, hub: SimpleNamespace, who: str, client_id: str = "", will: str | None = None) -> None:
+    ``stays``: the broker keeps what comes while it is away.
+    """
+
+    def __init__(
+        self, hub: SimpleNamespace, who: str, client_id: str = "", will: str | None = None, stays: bool = False
+    ) -> None:
         self.received: queue.Queue[tuple[str, bytes]] = queue.Queue()
         self._connected: queue.Queue[ReasonCode] = queue.Queue()
         self._answers: queue.Queue[ReasonCode] = queue.Queue()
@@ -52,7 +59,10 @@ class Client:
             self.paho.username_pw_set(who, f"secret of {who}")
         if will:
             self.paho.will_set(will, "offline", qos=1, retain=True)
-        self.paho.connect("localhost", hub.devices_port if device else hub.consumers_port)
+        session = Properties(PacketTypes.CONNECT)
+        session.SessionExpiryInterval = 3600 if stays else 0
+        port = hub.devices_port if device else hub.consumers_port
+        self.paho.connect("localhost", port, clean_start=not stays, properties=session)
         self.paho.loop_start()
         hub.clients.append(self)
         assert self._connected.get(timeout=10) == "Success"
@@ -112,7 +122,8 @@ def hub(
         config = config.replace(there, here)
     (tmp_path / "conf.d").mkdir()
     (tmp_path / "conf.d" / "edgekit.conf").write_text(config)
-    hub.broker = mosquitto(f"include_dir {tmp_path / 'conf.d'}", "user root")
+    kept = ["persistence true", f"persistence_location {tmp_path}/"]
+    hub.broker = mosquitto(f"include_dir {tmp_path / 'conf.d'}", "user root", *kept)
     hub.acl, hub.reload = tmp_path / "devices.acl", lambda: hub.broker._process.send_signal(signal.SIGHUP)
     yield hub
     for client in hub.clients:
@@ -260,14 +271,13 @@ def test_bridge_of_a_site_keeps_what_comes_while_the_hub_is_away(
         time.sleep(0.1)
     device.publish("edgekit/pi-4/response/operator/1", "pong")
     assert operator.received.get(timeout=10) == ("edgekit/pi-4/response/operator/1", b"pong")
+    Client(hub, "archive", stays=True).subscribe("edgekit/+/+/prediction")
     hub.broker.stop()
-    streams = [f"edgekit/pi-4/door-{number:02}/state" for number in range(30)]
-    for stream in streams:
-        device.publish(stream, "away", retain=True)
+    for number in range(30):
+        device.publish("edgekit/pi-4/door/prediction", f"{number:02}")
     hub.broker.start()
-    consumer = Client(hub, "archive")
-    consumer.subscribe("edgekit/+/+/state")
-    assert sorted_messages(consumer, 30) == [(stream, b"away") for stream in streams]
+    consumer = Client(hub, "archive", stays=True)
+    assert [int(payload) for _, payload in sorted_messages(consumer, 30)] == list(range(30))
 
 
 def test_run_and_listen_work_under_it(
