@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 # So many messages are under way at most; a broker may allow fewer.
 MAX_INFLIGHT = 100
-# What waited is sent no faster, so that a broker which comes back is not overrun by all its devices.
+# What waited is sent no faster unless told otherwise: a broker that comes back is not to be overrun by its devices.
 REPLAY_PER_S = 500.0
 HEALTH_S = 10.0
 # While messages come the publisher looks for them so often: to wake it for each would cost the thread that predicts
@@ -64,6 +64,7 @@ class Publisher:
 
     Args:
         wait: wait for room where there is none, as a file can; otherwise the message is shed and counted.
+        replay_per_s: messages that waited are sent no faster.
         health: called with the state of the spool every ``HEALTH_S``, for what is to be published as ``health``.
 
     Raises:
@@ -81,6 +82,7 @@ class Publisher:
         *,
         wait: bool = True,
         prefix: str = PREFIX,
+        replay_per_s: float = REPLAY_PER_S,
         health: Callable[[SpoolHealth], HealthMessage] | None = None,
         commands: Commands | None = None,
         discovery: Discovery | None = None,
@@ -95,7 +97,7 @@ class Publisher:
         # Of the connection, by message id: predictions and events, and what is sent beside them.
         self._inflight: dict[int, Stored] = {}
         self._beside: set[int] = set()
-        self._tokens, self._tokens_s = 0.0, time.monotonic()
+        self._replay_per_s, self._tokens, self._tokens_s = replay_per_s, 0.0, time.monotonic()
         self._health_s = self._stalled_s = 0.0
         self._again = False  # what was refused is to be sent again
         self._refusal = ""
@@ -211,7 +213,8 @@ class Publisher:
                 return max(0.1, self._stalled_s - now_s)
             self._again = False
             self._spool.mark()
-        self._tokens = min(REPLAY_PER_S / 5, self._tokens + (now_s - self._tokens_s) * REPLAY_PER_S)
+        most = max(1.0, self._replay_per_s / 5)
+        self._tokens = min(most, self._tokens + (now_s - self._tokens_s) * self._replay_per_s)
         self._tokens_s = now_s
         room = min(MAX_INFLIGHT, self._connection.client.broker_receive_maximum) - len(self._inflight)
         if room <= 0:
@@ -220,7 +223,7 @@ class Publisher:
         for number, stored in enumerate(rows):
             if stored.replayed and self._tokens < 1:
                 self._spool.give_back(rows[number:])
-                return 1 / REPLAY_PER_S
+                return 1 / self._replay_per_s
             self._tokens -= stored.replayed
             self._send_one(stored)
         return 60.0

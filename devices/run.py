@@ -21,7 +21,7 @@ from edgekit.devices.home_assistant import Discovery, discovery
 from edgekit.devices.home_assistant import label_groups as parse_groups
 from edgekit.devices.interpreter import Model
 from edgekit.devices.pipeline import Counts, Pipeline, Settings
-from edgekit.devices.publisher import Publisher
+from edgekit.devices.publisher import REPLAY_PER_S, Publisher
 from edgekit.devices.spool import MAX_AGE_S, MAX_BYTES, Spool, spool_folder
 from edgekit.embedded_broker import EmbeddedBroker, is_embedded
 from edgekit.errors import EdgekitError
@@ -107,6 +107,7 @@ def run(
     spool: str | os.PathLike[str] | None = None,
     spool_bytes: int = MAX_BYTES,
     spool_age_s: float = MAX_AGE_S,
+    replay_per_s: float = REPLAY_PER_S,
     prefix: str = PREFIX,
     commands: bool = True,
     home_assistant: bool = True,
@@ -138,6 +139,7 @@ def run(
             as systemd sets it, else ``~/.local/state/edgekit``.
         spool_bytes: so many are kept at most, the oldest given up first.
         spool_age_s: so old they become.
+        replay_per_s: what was kept is sent no faster.
         prefix: what topics begin with.
         commands: carry out what arrives on ``<base>/command``.
         home_assistant: announce the device to Home Assistant.
@@ -178,6 +180,7 @@ def run(
                 stop,
                 wait=not frames.live,
                 prefix=prefix,
+                replay_per_s=replay_per_s,
                 health=pipeline.health,
                 commands=Commands(pipeline) if commands else None,
                 discovery=Discovery(

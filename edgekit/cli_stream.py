@@ -90,6 +90,14 @@ def _thresholds(given: tuple[str, ...]) -> dict[str, float]:
     show_default=True,
     help="Keep none for longer.",
 )
+@click.option(
+    "--replay-rate",
+    "replay_per_s",
+    type=click.FloatRange(0, min_open=True),
+    default=500,
+    show_default=True,
+    help="Send what was kept no faster, in messages a second.",
+)
 @click.option("--no-commands", is_flag=True, help="Take no commands over MQTT.")
 @click.option("--no-home-assistant", is_flag=True, help="Do not announce the device to Home Assistant.")
 @click.option(

@@ -12,6 +12,8 @@ from edgekit.accounting import Accounting, Intervals
 from edgekit.errors import EdgekitError
 from edgekit.messages import PredictionMessage
 
+pytestmark = pytest.mark.no_runtime
+
 
 def prediction(seq: int, boot_id: str = "a", **changes: Any) -> PredictionMessage:
     fields = {

@@ -21,6 +21,8 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+pytestmark = pytest.mark.no_runtime
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "mosquitto"
 
 

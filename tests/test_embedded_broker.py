@@ -11,6 +11,8 @@ from edgekit.embedded_broker import EmbeddedBroker
 from edgekit.errors import BrokerError
 from edgekit.mqtt import Connection
 
+pytestmark = pytest.mark.no_runtime
+
 
 def test_delivers_everything_before_it_closes(free_port: Callable[[], int]) -> None:
     received: list[bytes] = []

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.no_runtime
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TOPIC = "edgekit/pi/door/prediction"
 HEALTH = {

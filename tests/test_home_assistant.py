@@ -16,6 +16,8 @@ from edgekit.devices.home_assistant import Discovery, discovery, label_groups, r
 from edgekit.errors import EdgekitError
 from edgekit.messages import BundleRef, InfoMessage, StreamInfo, Versions, encode
 
+pytestmark = pytest.mark.no_runtime
+
 SCHEMA = json.loads(Path(__file__).with_name("home_assistant_schema.json").read_text())
 # Names that would end a string of Jinja or of JSON, if they could.
 HARD = [

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.no_runtime
+
 TOPIC = "edgekit/pi/door/prediction"
 
 

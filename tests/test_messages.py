@@ -19,6 +19,8 @@ from edgekit.messages import (
     topic,
 )
 
+pytestmark = pytest.mark.no_runtime
+
 PREDICTION = {
     "schema": "edgekit.prediction/1", "id": "b-17", "boot_id": "b", "seq": 17, "device": "pi-4", "stream": "door",
     "captured_at": "2026-11-22T03:04:05.678Z", "replayed": False,

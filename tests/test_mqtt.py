@@ -16,6 +16,8 @@ from edgekit.embedded_broker import EmbeddedBroker
 from edgekit.errors import BrokerError
 from edgekit.mqtt import Connection
 
+pytestmark = pytest.mark.no_runtime
+
 
 @pytest.mark.parametrize(
     ("url", "text", "credentials"),

@@ -30,6 +30,8 @@ from edgekit.messages import (
 )
 from edgekit.mqtt import Connection
 
+pytestmark = pytest.mark.no_runtime
+
 INFO = InfoMessage(
     schema="edgekit.info/1", device="pi", boot_id="b", profile="test", versions=Versions("0", "3", "-"), streams={}
 )
@@ -191,13 +193,10 @@ def test_disk_that_hangs_holds_nobody_up_and_what_finds_no_room_is_counted(
     assert [seq for seq, _ in predictions(got)] == list(range(1, 10_001 - shed))
 
 
-def test_what_waited_is_sent_at_a_bounded_rate(
-    mosquitto: Any, publisher: Any, listening: Any, monkeypatch: pytest.MonkeyPatch, until: Any, stop: Any
-) -> None:
-    monkeypatch.setattr("edgekit.devices.publisher.REPLAY_PER_S", 100.0)
+def test_what_waited_is_sent_at_a_bounded_rate(mosquitto: Any, publisher: Any, listening: Any, until: Any) -> None:
     broker = mosquitto()
     broker.stop()
-    publishes = publisher(broker.url)
+    publishes = publisher(broker.url, replay_per_s=100.0)
     for seq in range(1, 121):
         publishes.prediction(prediction(seq))
     broker.start()
@@ -267,7 +266,9 @@ def test_stop_while_the_broker_is_away_keeps_what_is_left(
     assert "1 messages are left; they are kept in" in caplog.text
     stop.clear()
     with (
-        pytest.raises(BrokerError, match=r"cannot be reached: 2 messages are left; they are kept in .*pi\.door\.sqlite"),
+        pytest.raises(
+            BrokerError, match=r"cannot be reached: 2 messages are left; they are kept in .*pi\.door\.sqlite"
+        ),
         publisher(url) as publishes,
     ):
         publishes.prediction(prediction(2))

@@ -20,6 +20,8 @@ from edgekit.embedded_broker import EmbeddedBroker
 from edgekit.errors import BrokerError, EdgekitError
 from edgekit.messages import PredictionMessage
 
+pytestmark = pytest.mark.no_runtime
+
 OTHERS = {
     "event": {
         "schema": "edgekit.event/1", "event_id": "e", "event": "begin", "boot_id": "b", "device": "pi",
