@@ -16,7 +16,7 @@ from edgekit.broker import BrokerAddress
 from edgekit.devices.commands import Commands, response_topic
 from edgekit.devices.home_assistant import Discovery
 from edgekit.devices.spool import Spool, Stored
-from edgekit.errors import BrokerError
+from edgekit.errors import BrokerError, EdgekitError
 from edgekit.messages import (
     OFFLINE,
     ONLINE,
@@ -97,6 +97,9 @@ class Publisher:
         # Of the connection, by message id: predictions and events, and what is sent beside them.
         self._inflight: dict[int, Stored] = {}
         self._beside: set[int] = set()
+        if not replay_per_s > 0:
+            spool.close()
+            raise EdgekitError("replay rate", expected="more than 0 a second", got=f"{replay_per_s:g}", mend="give one")
         self._replay_per_s, self._tokens, self._tokens_s = replay_per_s, 0.0, time.monotonic()
         self._health_s = self._stalled_s = 0.0
         self._again = False  # what was refused is to be sent again
