@@ -8,6 +8,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -27,11 +28,11 @@ class Passage:
 
 
 class Traffic:
-    """What MQTT carried through one proxy: ``passages`` of predictions by their ids, and how often one subscribed."""
+    """What MQTT carried through one proxy: ``passages`` of predictions by their ids, and when one subscribed last."""
 
     def __init__(self) -> None:
         self.passages: dict[str, Passage] = {}
-        self.subscribed = 0
+        self.subscribed_s = 0.0  # by time.monotonic
 
     def watch(self) -> tuple[Callable[[bytes], None], Callable[[bytes], None]]:
         """For one connection: what to call with the bytes of each direction."""
@@ -50,7 +51,8 @@ class Traffic:
                     self._publish(body, sent)
                 elif kind == _PUBACK and (passage := sent_by_other.pop(body[:2], None)):
                     passage.answer = body[2] if len(body) > 2 else 0
-                self.subscribed += kind == _SUBACK
+                elif kind == _SUBACK:
+                    self.subscribed_s = time.monotonic()
 
         return feed
 
@@ -63,6 +65,10 @@ class Traffic:
             sent[body[topic_end : topic_end + 2]] = passage
             if len(self.passages) > _REMEMBERED:
                 del self.passages[next(iter(self.passages))]
+
+    def acknowledged(self) -> set[str]:
+        """The predictions that the receiver took."""
+        return {prediction for prediction, passage in list(self.passages.items()) if passage.answer == 0}
 
 
 class Packets:

@@ -24,6 +24,7 @@ from edgekit.devices.proxy import Proxy, Traffic
 from edgekit.devices.soak_result import CallMs, Lost, SoakResult, blame
 from edgekit.devices.supervised import Runtime
 from edgekit.errors import EdgekitError
+from edgekit.mqtt import GOOD_S
 from edgekit.subscriber import Subscriber
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ _DEVICE, _STREAM = "soak", "main"
 # The longest that a fault lasts.
 _LONGEST_S = 10.0
 # A connection is tried again every 30 s at least, and what waited is sent then: so long may nothing arrive.
-_PATIENCE_S = 45.0
+_PATIENCE_S = 60.0
 _START_S = 60.0
 
 
@@ -97,7 +98,7 @@ class _Soak:
         )
         stack.callback(self.subscriber.close)
         self.broker.save()
-        self._subscribed = 0
+        self._broker_ended_s = 0.0
         address = ["--broker", f"mqtt://127.0.0.1:{self.network.port}", "--device-id", _DEVICE, "--stream", _STREAM]
         self.runtime = Runtime([*command, *address], folder)
         stack.callback(self.runtime.kill)
@@ -114,10 +115,10 @@ class _Soak:
             "free disk": self.runtime.free_disk,
         }
 
-    def endure(self, steps: list[Step], duration_s: float, progress: Callable[[str, int, int], None] | None) -> None:
-        """Lets the steps happen, each at its time."""
+    def endure(self, steps: list[Step], duration_s: float, progress: Callable[[str, int, int], None] | None) -> float:
+        """Lets the steps happen, each at its time or, if it must be waited for, later; how long it took."""
         self._start_runtime()
-        began_s = time.monotonic()
+        started_s = began_s = time.monotonic()
         for at_s, action in [*steps, Step(duration_s, "")]:
             while (now_s := time.monotonic() - began_s) < at_s:
                 if progress:
@@ -129,6 +130,7 @@ class _Soak:
                 before_s = time.monotonic()
                 self._actions[action]()
                 began_s += time.monotonic() - before_s  # what it waited for moves all that is to come
+        return time.monotonic() - started_s
 
     def _start_runtime(self) -> None:
         """And waits until it predicts.
@@ -227,12 +229,24 @@ class _Soak:
         self.network.delay_s = self._chance.uniform(0.05, 2.0)
 
     def _end_broker(self, end: Callable[[], None]) -> None:
-        """Mosquitto writes down what it acknowledged a moment later: not to lose it, it must have passed it on."""
+        """Not before the subscriber has been back for a while and has all that the broker acknowledged.
+
+        Mosquitto writes a message down a moment after it acknowledged it, so that it may lose it if it is killed just
+        then. It passes it on before, if there is someone who is not behind.
+        """
         deadline_s = time.monotonic() + _PATIENCE_S
-        while self.to_subscriber.subscribed <= self._subscribed and time.monotonic() < deadline_s:
-            self._receive(0.05)
-        self._subscribed = self.to_subscriber.subscribed
+        while time.monotonic() < deadline_s and not self._caught_up():
+            self._receive(0.1)
+        self._broker_ended_s = time.monotonic()
         end()
+
+    def _caught_up(self) -> bool:
+        since_s = self.to_subscriber.subscribed_s
+        return (
+            since_s > self._broker_ended_s
+            and time.monotonic() - since_s > GOOD_S
+            and self.from_runtime.acknowledged() <= self.to_subscriber.passages.keys()
+        )
 
 
 def soak(
@@ -252,7 +266,7 @@ def soak(
         bundle: what ``edgekit run`` runs, in a loop; None: made predictions, by way of the same publisher and spool.
         source: of the bundle, a file.
         rate: predictions a second.
-        duration_s: the faults are spread over so long.
+        duration_s: the faults are spread over so long, and over what the broker is waited for.
         seed: of when they come and how long they last.
         faults: how many of each kind.
         folder: where spool and logs are left; None: a temporary one.
@@ -280,6 +294,6 @@ def soak(
             command = ["-m", "edgekit", "run", str(bundle), "--source", str(source), "--loop", "--json"]
             command += ["--max-fps", f"{rate}"]
         one = _Soak(stack, [sys.executable, *command], Path(folder).absolute(), chance)
-        one.endure(steps, duration_s, progress)
+        took_s = one.endure(steps, duration_s, progress)
         one.settle()
-        return one.result(seed, duration_s, rate, steps)
+        return one.result(seed, round(took_s, 1), rate, steps)

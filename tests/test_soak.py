@@ -19,6 +19,8 @@ from edgekit.devices.proxy import Passage, Proxy, Traffic
 from edgekit.devices.soak_result import blame
 from edgekit.errors import BrokerError
 
+pytestmark = pytest.mark.no_runtime
+
 NO_FAULTS = soak.Faults(0, 0, 0, 0, 0, 0)
 
 
@@ -29,7 +31,7 @@ def needs_mosquitto(mosquitto: Any) -> None:
 
 def test_soak_loses_nothing_over_faults(needs_mosquitto: None, edgekit_cli: Any, tmp_path: Path) -> None:
     result = edgekit_cli(
-        *"soak --duration 8 --seed 3 --broker-kills 2 --broker-restarts 1 --runtime-kills 1".split(),
+        *"soak --duration 8 --seed 3 --broker-kills 1 --broker-restarts 1 --runtime-kills 1".split(),
         *"--cuts 1 --delays 1 --disk-full 1 --folder left --json".split(),
     )
     assert result.returncode == 0, result.stderr
@@ -37,7 +39,7 @@ def test_soak_loses_nothing_over_faults(needs_mosquitto: None, edgekit_cli: Any,
     assert account["sent"] > 200 and account["lost"] == [] and account["duplicates_unflagged"] == 0
     assert account["received"] == account["sent"] + account["untold"]
     assert account["faults"] == {
-        "kill broker": 2, "restart broker": 1, "kill runtime": 1, "cut": 1, "delay": 1, "fill disk": 1,
+        "kill broker": 1, "restart broker": 1, "kill runtime": 1, "cut": 1, "delay": 1, "fill disk": 1,
     }  # fmt: skip
     assert account["runtime_starts"] >= 2
     assert "connecting again" in (tmp_path / "left" / "runtime.log").read_text()
@@ -186,7 +188,7 @@ def test_proxy_notes_what_passes(broker: Any, client: Callable[[int], paho.Clien
         sender.publish("edgekit/a/b/prediction", '{"id":"boot-4"}', 0)  # acknowledged by none
         assert all(arrived.acquire(timeout=10) for _ in range(3))
         assert traffic.passages == {"boot-1": Passage(1, 0x10), "boot-2": Passage(1, 0), "boot-3": Passage(1, 0)}
-        assert onward.subscribed == 1 and onward.passages.keys() == {"boot-2", "boot-3"}
+        assert onward.subscribed_s > traffic.subscribed_s == 0 and onward.passages.keys() == {"boot-2", "boot-3"}
 
 
 def test_proxy_cut_and_mended(broker: Any, client: Callable[[int], paho.Client]) -> None:
