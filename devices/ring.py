@@ -11,6 +11,7 @@ import stat
 import struct
 import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 from edgekit.errors import EdgekitError
@@ -22,6 +23,10 @@ _SHARED_MEMORY = Path("/dev/shm")
 _MAGIC = b"EKRING01"
 # Words of 8 bytes, native order: magic, id, size of the data, then head and tail, which only ever grow.
 _HEADER_BYTES, _HEAD, _TAIL = 64, 3, 4
+# What head and tail never reach, and SQLite's integers hold.
+_LIMIT = 1 << 62
+# The position of a record's end, and the record.
+Record = tuple[int, bytes]
 _RECORD = struct.Struct("=II")  # bytes of the record, CRC-32 of its position and content
 
 
@@ -34,40 +39,54 @@ class Ring:
     Args:
         name: what the ring belongs to; None for one of this process alone.
         size_bytes: of the records and 8 bytes for each.
+        on_lost: called with how many records are damaged; with 1 where an earlier process put them, as no one knows.
 
     Raises:
         EdgekitError: another process uses the ring of this name.
     """
 
-    def __init__(self, name: str | None, size_bytes: int = RING_BYTES) -> None:
+    def __init__(
+        self, name: str | None, size_bytes: int = RING_BYTES, *, on_lost: Callable[[int], object] = int
+    ) -> None:
         self._size = size_bytes // 8 * 8
+        self._on_lost = on_lost
         self._lock = threading.Lock()
         self._fd = -1
+        cut = False
         if name is not None:
             try:
-                self._fd = self._open(name)
+                self._fd, cut = self._open(name)
             except OSError as error:
                 logger.warning(
                     "no shared memory (%s): the last moments before the process is killed may be lost; enlarge %s",
                     error, _SHARED_MEMORY,
                 )  # fmt: skip
-        length = _HEADER_BYTES + self._size
-        self._map = mmap.mmap(self._fd, length)  # -1: anonymous memory
+        self._map = mmap.mmap(self._fd, _HEADER_BYTES + self._size)  # -1: anonymous memory
         self._words = memoryview(self._map).cast("Q")
         if not self._valid():
-            if self._map[:8] != bytes(8):
+            if cut or self._map[:8] != bytes(8):
                 logger.error("what an earlier run left in shared memory is damaged and left out")
+                on_lost(1)
             self._map[:_HEADER_BYTES] = bytes(_HEADER_BYTES)
             self._words[1], self._words[2] = int.from_bytes(os.urandom(7), "big"), self._size
             self._map[:8] = _MAGIC
         self.id: int = self._words[1]
-        self._cursor: int = self._words[_TAIL]
-        self.count = 0  # records not read yet
-        while self._skip():
+        # The process has the ring for itself: of what it writes to shared memory it need read nothing again.
+        self._head: int = self._words[_HEAD]
+        self._tail: int = self._words[_TAIL]
+        self._cursor = self._tail
+        #: Records not read yet.
+        self.count = 0
+        while self._cursor < self._head:
+            if (record := self._record(self._cursor)) is None:
+                self._cut(kept=self.count)
+                break
+            self._cursor, _ = record
             self.count += 1
-        self._cursor = self._words[_TAIL]
+        self._cursor = self._tail
 
-    def _open(self, name: str) -> int:
+    def _open(self, name: str) -> tuple[int, bool]:
+        """The locked file, and whether it was of another size, so that nothing in it can be used."""
         uid = os.getuid()
         path = _SHARED_MEMORY / f"edgekit-{uid}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.ring"
         # Everyone may write to /dev/shm: not through a link, and not into what another user has put there.
@@ -84,6 +103,7 @@ class Ring:
                     mend="give this one another --stream, device id or --spool",
                 ) from None
             length = _HEADER_BYTES + self._size
+            found = os.fstat(fd)  # another process may have just made it
             if found.st_size != length:
                 os.ftruncate(fd, 0)
             # all of it now: a page that cannot be had later would end the process (SIGBUS)
@@ -91,91 +111,111 @@ class Ring:
         except BaseException:
             os.close(fd)
             raise
-        return fd
+        return fd, found.st_size not in (0, length)
 
     def _valid(self) -> bool:
         words = self._words
         return (
             self._map[:8] == _MAGIC
+            and words[1] < _LIMIT
             and words[2] == self._size
             and 0 <= words[_HEAD] - words[_TAIL] <= self._size
+            and words[_HEAD] < _LIMIT
             and words[_HEAD] % 8 == words[_TAIL] % 8 == 0
         )
 
     @property
     def head(self) -> int:
-        return int(self._words[_HEAD])
+        return self._head
+
+    @property
+    def empty(self) -> bool:
+        """Whether all records are read."""
+        return self._cursor == self._head
 
     @property
     def half_full(self) -> bool:
-        return bool(self._words[_HEAD] - self._words[_TAIL] > self._size // 2)
+        return self._head - self._tail > self._size // 2
+
+    def fits(self, record: bytes) -> bool:
+        """Whether there can ever be room for it."""
+        return len(record) + _RECORD.size <= self._size
 
     def put(self, record: bytes) -> bool:
         """Adds a record; False if there is no room for it. May be called from any thread."""
-        room = (len(record) + _RECORD.size + 7) // 8 * 8
+        length = len(record)
         with self._lock:
-            head = self._words[_HEAD]
-            if head + room - self._words[_TAIL] > self._size:
+            head = self._head
+            new = head + (length + 15) // 8 * 8
+            if new - self._tail > self._size:
                 return False
-            self._write(head, _RECORD.pack(len(record), _checksum(head, record)) + record)
-            self._words[_HEAD] = head + room
+            at = _HEADER_BYTES + head % self._size
+            _RECORD.pack_into(self._map, at, length, _checksum(head, record))  # never over the end: multiples of 8
+            at += 8
+            if at + length <= _HEADER_BYTES + self._size:
+                self._map[at : at + length] = record
+            else:
+                first = _HEADER_BYTES + self._size - at
+                self._map[at:] = record[:first]
+                self._map[_HEADER_BYTES : _HEADER_BYTES + length - first] = record[first:]
+            self._words[_HEAD] = self._head = new
             self.count += 1
         return True
 
-    def read(self, limit: int) -> list[tuple[int, bytes]]:
-        """The next records, each with the position of its end; they stay until :meth:`release`."""
-        records = []
-        while len(records) < limit and (record := self._skip()) is not None:
-            records.append((self._cursor, record))
+    def read(self, limit: int) -> list[Record]:
+        """The next records; they stay until :meth:`release`."""
+        records: list[Record] = []
+        while len(records) < limit and self._cursor < self._head:
+            if (record := self._record(self._cursor)) is None:
+                self._cut(kept=len(records))
+                break
+            records.append(record)
+            self._cursor = record[0]
         with self._lock:
-            self.count -= len(records)
+            # Counted anew when all are read: who puts may have been interrupted before it counted.
+            self.count = 0 if self.empty else self.count - len(records)
         return records
 
     def rewind(self) -> None:
         """What was read and not released is read again."""
-        again, end = 0, self._cursor
-        self._cursor = self._words[_TAIL]
-        while self._cursor < end and self._skip() is not None:
+        at, end, again = self._tail, self._cursor, 0
+        while at < end:
+            if (record := self._record(at)) is None:
+                self._cursor = at
+                self._cut(kept=0)
+                break
+            at, _ = record
             again += 1
-        self._cursor = self._words[_TAIL]
         with self._lock:
+            self._cursor = self._tail
             self.count += again
 
     def release(self, position: int) -> None:
-        """Gives back the room of all records up to this position."""
-        self._words[_TAIL] = position
-        self._cursor = max(self._cursor, position)
+        """Gives back the room of all records that were read, up to this position."""
+        if self._tail < position <= self._cursor:
+            self._words[_TAIL] = self._tail = position
 
-    def _skip(self) -> bytes | None:
-        """The record at the cursor, which moves behind it."""
-        at, head = self._cursor, self._words[_HEAD]
-        if at >= head:
+    def _record(self, at: int) -> Record | None:
+        """The record that begins there; None if it is damaged."""
+        start = _HEADER_BYTES + at % self._size
+        length, checksum = _RECORD.unpack_from(self._map, start)
+        end = at + (length + 15) // 8 * 8
+        if end > self._head:
             return None
-        length, checksum = _RECORD.unpack(self._read(at, _RECORD.size))
-        end = at + (length + _RECORD.size + 7) // 8 * 8
-        record = self._read(at + _RECORD.size, length) if end <= head else b""
-        if end > head or _checksum(at, record) != checksum:
-            logger.error("%d bytes in shared memory are damaged and left out", head - at)
-            self._words[_HEAD] = at
-            return None
-        self._cursor = end
-        return record
+        start += 8
+        over = start + length - _HEADER_BYTES - self._size
+        record = self._map[start : start + length]
+        if over > 0:
+            record += self._map[_HEADER_BYTES : _HEADER_BYTES + over]
+        return (end, record) if _checksum(at, record) == checksum else None
 
-    def _write(self, position: int, data: bytes) -> None:
-        start = _HEADER_BYTES + position % self._size
-        first = _HEADER_BYTES + self._size - start
-        if len(data) <= first:
-            self._map[start : start + len(data)] = data
-        else:
-            self._map[start:] = data[:first]
-            self._map[_HEADER_BYTES : _HEADER_BYTES + len(data) - first] = data[first:]
-
-    def _read(self, position: int, length: int) -> bytes:
-        start = _HEADER_BYTES + position % self._size
-        first = _HEADER_BYTES + self._size - start
-        if length <= first:
-            return self._map[start : start + length]
-        return self._map[start:] + self._map[_HEADER_BYTES : _HEADER_BYTES + length - first]
+    def _cut(self, kept: int) -> None:
+        """Leaves out what is at the cursor and behind it, as no one knows where the next record begins."""
+        with self._lock:
+            logger.error("%d bytes in shared memory are damaged and left out", self._head - self._cursor)
+            self._words[_HEAD] = self._head = self._cursor
+            lost, self.count = max(1, self.count - kept), kept
+        self._on_lost(lost)
 
     def close(self) -> None:
         self._words.release()

@@ -1,45 +1,37 @@
-"""What is to be published, kept until the broker has it: in shared memory for moments, then in SQLite."""
+"""What is to be published, kept until the broker has it: in shared memory for moments, then in a file."""
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import logging
 import os
 import sqlite3
 import time
-import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import platformdirs
 
-from edgekit.devices.ring import RING_BYTES, Ring
+from edgekit.devices.ring import RING_BYTES, Record, Ring
+from edgekit.devices.spool_file import Row, SpoolFile, is_damage, make_row, row_bytes
 from edgekit.errors import EdgekitError
 
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 64 << 20
 MAX_AGE_S = 7 * 86400.0
-# A row takes so much beside its payload and topic.
-_ROW_BYTES = 64
 # Commits are no closer than this: what comes in between shares one.
 _BATCH_S = 0.02
 _BATCH = 500
+# What is to be deleted waits so long for others.
+_DELETE_S = 1.0
 # Rows that wait longer than this are on the disk itself soon, not only in the system's cache.
 _SYNC_S = 1.0
 # How often a disk that cannot be written is tried again.
 _RETRY_S = 2.0
-# How often rows are looked at for their age.
-_AGE_S = 10.0
-
-_APPLICATION_ID = 0x45444B31
-_COLUMNS = "id, topic, payload, stored_s, ring, position, checksum"
-_TABLE = (
-    "CREATE TABLE message (id INTEGER PRIMARY KEY, topic TEXT NOT NULL, payload BLOB NOT NULL, stored_s REAL NOT NULL, "
-    "ring INTEGER NOT NULL, position INTEGER NOT NULL, checksum INTEGER NOT NULL)"
-)
+# How often rows are looked at for their age, and the file for room to give back.
+_TIDY_S = 10.0
 
 
 def spool_folder(given: str | os.PathLike[str] | None) -> Path:
@@ -95,35 +87,63 @@ class Spool:
         self.shed: dict[str, int] = {}
         self.stored_s = -1e9  # when a message was last stored, by the monotonic clock
         self.disk_error = ""
-        self._ring = Ring(None if path is None else str(path.absolute()))
-        self._ring_id = self._ring.id & 0x7FFFFFFFFFFFFFFF  # SQLite's integers are signed
-        self._fresh: deque[Stored] = deque()
-        self._deleted: list[int] = []
+        self._file = SpoolFile(path)
+        self._fresh: deque[Stored] = deque()  # to be taken next
+        self._loaded = 0  # the id up to which rows are in _fresh, or were
+        self._deleted: dict[int, int] = {}  # bytes by id: rows to be deleted by the next commit
+        self._deleted_bytes = 0
+        self._passed_s = 0.0  # when the newest of what has arrived was stored
         self._from_ring: deque[Stored] = deque()  # taken from shared memory, not deleted yet
         self._arrived: set[int] = set()  # and those of them that may be, behind others that may not
-        self._last_id, self._clock_s, self._oldest_s = 0, 0.0, 0.0
         self._replay_id = self._replay_position = 0
-        self._commit_s = self._sync_s = self._age_s = self._shrunk_s = -1e9
-        self._retry_s = 0.0
+        self._commit_s = self._sync_s = self._tidy_s = self._retry_s = -1e9
         self._started_s = time.monotonic()
-        self._database: sqlite3.Connection | None = None
-        self._log = -1
+        self._ring = Ring(None if path is None else str(path.absolute()), on_lost=self._lost)
         try:
             self._open()
         except BaseException:
-            self.close()
+            self._file.close()
+            self._ring.close()
             raise
+
+    def _open(self) -> None:
+        path, is_new = self.path, self.path is not None and not self.path.exists()
+        try:
+            self._lost(self._file.open())
+            # A process may have been killed after a commit and before it gave back the room in shared memory.
+            if position := self._file.position(self._ring.id):
+                self._ring.read(self._ring.count)
+                self._ring.release(position)
+                self._ring.rewind()
+        except (OSError, sqlite3.Error) as error:
+            if is_new and _is_full(error):  # with nothing in it there is nothing to wait for
+                self._cannot_write(error)
+            else:
+                mend = "give a folder that can be written with --spool, and free disk space"
+                if "locked" in str(error):
+                    mend = "another run uses it: give this one another --stream, device id or --spool"
+                raise EdgekitError(f"spool {path} cannot be opened ({error})", mend=mend) from error
+        self._clock_s = self._file.newest_s
+        self.mark()
+        if self.messages:
+            logger.info("spool %s: %d messages of an earlier run are to be sent", path, self.messages)
 
     # -- for any thread --------------------------------------------------------------------------------------------
 
     def put(self, topic: str, payload: bytes) -> bool:
         """Adds a message; False if there is no room for it in shared memory."""
-        return self._ring.put(topic.encode() + b"\0" + payload)
+        record = topic.encode() + b"\0" + payload
+        if self._ring.put(record):
+            return True
+        if self._ring.fits(record):
+            return False
+        self.count_shed("too large for the spool")
+        return True
 
     @property
     def messages(self) -> int:
         """How many are to be deleted yet."""
-        return self._rows - len(self._deleted) + self._ring.count + len(self._from_ring)
+        return max(0, self._file.count - len(self._deleted)) + self._ring.count + len(self._from_ring)
 
     @property
     def unread(self) -> int:
@@ -136,13 +156,20 @@ class Spool:
         return self._ring.half_full
 
     @property
+    def bytes(self) -> int:
+        """Of the messages that are stored."""
+        return max(0, self._file.bytes - self._deleted_bytes)
+
+    @property
     def full(self) -> bool:
         return self.bytes >= 0.9 * self.max_bytes
 
     @property
     def oldest_s(self) -> float:
         """Age of the oldest message that is stored, in seconds."""
-        return max(0.0, self.clock_s - self._oldest_s) if self._rows > len(self._deleted) else 0.0
+        if self._file.count <= len(self._deleted):
+            return 0.0
+        return max(0.0, self.clock_s - max(self._file.oldest_s, self._passed_s))
 
     @property
     def clock_s(self) -> float:
@@ -161,75 +188,63 @@ class Spool:
             After how many seconds it is to be called again, if anything is left to do.
         """
         now_s = time.monotonic()
-        if not (self._ring.count or self._deleted):
-            self._sync(now_s)
-            return _SYNC_S if self._rows else 60.0
         since_s = now_s - self._commit_s
-        if since_s < _BATCH_S and self._ring.count < _BATCH:
+        if self._ring.empty:
+            if not self._deleted:
+                self._tidy(now_s)
+                return _SYNC_S if self._file.count else 60.0
+            if since_s < _DELETE_S and len(self._deleted) < _BATCH:
+                return _DELETE_S - since_s
+        elif since_s < _BATCH_S and self._ring.count < _BATCH:
             return _BATCH_S - since_s
-        if not self._ring.count and since_s < 1.0 and len(self._deleted) < _BATCH:
-            return 1.0 - since_s  # to delete is not urgent
         if now_s < self._retry_s or self._from_ring:
             return max(0.05, self._retry_s - now_s)
         if len(self._fresh) >= _BATCH and not urgent:
             return _BATCH_S
         records = self._ring.read(_BATCH)
-        deleted, self._deleted = self._deleted, []
-        stored = list(self._rows_of(records))
+        rows = self._rows(records)
         try:
-            with self._commit():
-                self._database.executemany("DELETE FROM message WHERE id = ?", ((one,) for one in deleted))
-                self._insert(stored)
-        except sqlite3.Error as error:
-            self._deleted = deleted + self._deleted
+            if self.disk_error and self._file.count <= len(self._deleted):
+                # All have arrived: where the disk is full it may be full of this very file.
+                self._file.remove()
+                self._deleted = {}
+            if not self._file.is_open:
+                self._lost(self._file.open())
+            self._file.commit(self._deleted, rows)
+        except (OSError, sqlite3.Error) as error:
             self._ring.rewind()
             self._cannot_write(error)
             return _RETRY_S
         self._commit_s = now_s
-        if records:
-            self.stored_s = now_s
+        self._deleted, self._deleted_bytes = {}, 0
         if self.disk_error:
             logger.warning("spool %s can be written again", self.path)
             self.disk_error = ""
-        self._rows -= len(deleted)
-        if records:
+        if rows:
+            self.stored_s = now_s
             self._ring.release(records[-1][0])
-        if stored:
-            if self._loaded == self._last_id and len(self._fresh) < _BATCH:
-                self._fresh.extend(stored)
-                self._loaded = stored[-1].id
-            if not self._rows:
-                self._oldest_s = stored[0].stored_s
-            self._rows += len(stored)
-            self._last_id = stored[-1].id
-            self.bytes += sum(map(_size, stored))
-        if self.bytes > self.max_bytes:
-            self._shed_oldest()
-        if not self._rows and now_s - self._shrunk_s > _AGE_S:
-            self._shrunk_s = now_s
-            with contextlib.suppress(sqlite3.Error):
-                self._run("PRAGMA incremental_vacuum")
-        self._sync(now_s)
-        return 0.0 if self._ring.count else 1.0
+            if self._loaded == rows[0][0] - 1 and len(self._fresh) < _BATCH:
+                self._fresh.extend([self._stored(row) for row in rows])
+                self._loaded = rows[-1][0]
+        self._tidy(now_s)
+        return 0.0 if not self._ring.empty else _DELETE_S
 
     def mark(self) -> None:
         """A connection was made or lost: what has been put by now is replayed, and begun again with the oldest."""
-        self._replay_id, self._replay_position = self._last_id, self._ring.head
+        self._replay_id, self._replay_position = self._file.last_id, self._ring.head
         self._fresh.clear()
         self._from_ring.clear()
         self._arrived.clear()
         self._ring.rewind()
-        self._loaded = 0
+        self._loaded = 0 if self._file.count > len(self._deleted) else self._file.last_id
 
     def take(self, limit: int) -> list[Stored]:
         """The next messages, oldest first; each once for each :meth:`mark`."""
-        if not self._fresh and self._loaded < self._last_id:
-            self._load()
-        taken = []
-        while self._fresh and len(taken) < limit:
-            taken.append(self._fresh.popleft())
-        if self.disk_error and not taken and time.monotonic() < self._retry_s:
-            taken = list(self._rows_of(self._ring.read(limit), on_disk=False))
+        while not self._fresh and self._loaded < self._file.last_id and self._load():
+            pass
+        taken = [self._fresh.popleft() for _ in range(min(limit, len(self._fresh)))]
+        if self.disk_error and not taken and self._loaded >= self._file.last_id and time.monotonic() < self._retry_s:
+            taken = [self._stored(row)._replace(id=0) for row in self._rows(self._ring.read(limit))]
             self._from_ring.extend(taken)
         return taken
 
@@ -240,9 +255,10 @@ class Spool:
     def delete(self, stored: Stored) -> None:
         """The message has arrived."""
         if stored.id:
-            self._deleted.append(stored.id)
-            self.bytes -= _size(stored)
-            self._oldest_s = max(self._oldest_s, stored.stored_s)
+            if stored.id not in self._deleted:
+                self._deleted[stored.id] = size = row_bytes(stored.topic, stored.payload)
+                self._deleted_bytes += size
+                self._passed_s = max(self._passed_s, stored.stored_s)
             return
         self._arrived.add(stored.position)
         while self._from_ring and self._from_ring[0].position in self._arrived:
@@ -261,162 +277,66 @@ class Spool:
         self.shed[cause] = self.shed.get(cause, 0) + count
 
     def close(self) -> None:
-        if self._deleted:
+        """Stores what can be stored: shared memory does not outlast the machine."""
+        self.mark()
+        self._retry_s = -1e9
+        while self._deleted or not self._ring.empty:
             self._commit_s = -1e9
             self.store()
-        self._disconnect()
+            if self.disk_error:
+                break
+        self._file.close()
         self._ring.close()
 
-    # -- the database ----------------------------------------------------------------------------------------------
+    # -- rows and records ------------------------------------------------------------------------------------------
 
-    def _open(self, damage: sqlite3.Error | None = None) -> None:
-        """``damage``: what showed that the file is damaged, if that is known before it is opened."""
+    def _rows(self, records: list[Record]) -> list[Row]:
+        """What becomes of records of shared memory on the disk."""
+        rows, number, clock_s, ring = [], self._file.last_id, self.clock_s, self._ring.id
+        for position, record in records:
+            topic, _, payload = record.partition(b"\0")
+            number += 1
+            rows.append(make_row(number, topic.decode(), payload, clock_s, ring, position))
+        return rows
+
+    def _stored(self, row: Row) -> Stored:
+        number, topic, payload, stored_s, ring, position, _ = row
+        replayed = number <= self._replay_id or (ring == self._ring.id and position <= self._replay_position)
+        return Stored(number, topic, payload, stored_s, position, replayed)
+
+    def _load(self) -> bool:
+        """The next rows that are not deleted; False if they cannot be read."""
         try:
-            if self.path is not None:
-                self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            try:
-                if damage:
-                    raise damage
-                self._connect()
-                self._survey()
-            except sqlite3.Error as error:
-                if self.path is None or not os.access(self.path, os.W_OK) or _is_no_damage(error):
-                    raise
-                rescued = self._rescue(self.path, error)
-                self._connect()
-                self._insert(rescued)
-                self._survey()
+            rows = self._file.after(self._loaded, _BATCH)
+        except sqlite3.Error as error:
+            self._cannot_write(error)
+            return False
+        self._fresh.extend(self._stored(row) for row in rows if row[0] not in self._deleted)
+        self._loaded = rows[-1][0] if rows else self._file.last_id
+        return True
+
+    # -- the disk --------------------------------------------------------------------------------------------------
+
+    def _tidy(self, now_s: float) -> None:
+        """Keeps to the limits. Nothing is to be deleted now; rows that are loaded are under way, and stay."""
+        if not self._file.count and now_s - self._tidy_s < _TIDY_S:
+            return
+        try:
+            if self._file.bytes > self.max_bytes:
+                # down to nine tenths, so that it is not done for each message
+                self._count("full", self._file.shed_oldest(self._loaded, self._file.bytes - 0.9 * self.max_bytes))
+            if now_s - self._tidy_s > _TIDY_S:
+                self._tidy_s = now_s
+                if self.oldest_s > self.max_age_s:
+                    self._count("age", self._file.shed_older(self._loaded, self.clock_s - self.max_age_s))
+                self._file.shrink()
+            if now_s - self._sync_s > _SYNC_S and self.oldest_s > _SYNC_S:
+                self._sync_s = now_s
+                self._file.sync()
         except (OSError, sqlite3.Error) as error:
-            mend = "give a folder that can be written with --spool, and free disk space"
-            if "locked" in str(error):
-                mend = "another run uses it: give this one another --stream, device id or --spool"
-            raise EdgekitError(f"spool {self.path} cannot be opened ({error})", mend=mend) from error
-        self._loaded = 0
-        if self.messages:
-            logger.info("spool %s: %d messages of an earlier run are to be sent", self.path, self.messages)
+            self._cannot_write(error)
 
-    def _survey(self) -> None:
-        """Counts what is there; DatabaseError where a message was altered."""
-        self._rows = self.bytes = self._already = 0
-        newest_s = 0.0
-        for row in self._each("ASC"):
-            if not (stored := _whole(row)):
-                raise sqlite3.DatabaseError("a message was altered")
-            if not self._rows:
-                self._oldest_s = stored.stored_s
-            self._rows += 1
-            newest_s = stored.stored_s
-            # never less than it was: who took a message of a damaged file may still delete it
-            self._last_id = max(self._last_id, stored.id)
-            self.bytes += _size(stored)
-            # A process may have been killed after a commit and before it gave back the room in shared memory.
-            if row[4] == self._ring_id:
-                self._already = stored.position
-        self._clock_s = max(self._clock_s, newest_s - (time.monotonic() - self._started_s))
-
-    def _each(self, order: str) -> Iterator[tuple[Any, ...]]:
-        assert self._database
-        try:
-            yield from self._database.execute(f"SELECT {_COLUMNS} FROM message ORDER BY id {order}")
-        except UnicodeDecodeError as error:  # in what SQLite says of a damaged file
-            raise sqlite3.DatabaseError("damaged") from error
-
-    def _run(self, statement: str, values: Sequence[object] = ()) -> list[Any]:
-        assert self._database
-        try:
-            return self._database.execute(statement, values).fetchall()
-        except UnicodeDecodeError as error:  # as in _each
-            raise sqlite3.DatabaseError("damaged") from error
-
-    def _connect(self) -> None:
-        """Opens the file, new where there is none; DatabaseError where it is not ours or not whole."""
-        self._disconnect()
-        self._database = sqlite3.connect(
-            ":memory:" if self.path is None else self.path, timeout=0, isolation_level=None, check_same_thread=False
-        )
-        # What is no UTF-8 shows by its checksum.
-        self._database.text_factory = lambda text: text.decode(errors="replace")
-        run = self._run
-        run("PRAGMA locking_mode = EXCLUSIVE")  # and so no file of shared memory beside it
-        run("PRAGMA trusted_schema = OFF")
-        run("PRAGMA cell_size_check = ON")
-        run("PRAGMA cache_size = -512")
-        schema = run("SELECT type, sql FROM sqlite_master")
-        if not schema and run("PRAGMA page_count")[0][0] <= 1:
-            if self.path is not None:
-                self.path.chmod(0o600)
-            run("PRAGMA auto_vacuum = INCREMENTAL")
-            run(f"PRAGMA application_id = {_APPLICATION_ID}")
-            run("PRAGMA journal_mode = WAL")
-            run(_TABLE)
-        elif schema != [("table", _TABLE)] or run("PRAGMA application_id") != [(_APPLICATION_ID,)]:
-            raise sqlite3.DatabaseError("not a spool of this version")
-        run("PRAGMA journal_mode = WAL")
-        # The log is synced by _sync, where anything waits for long; what is sent at once need not wear out the disk.
-        run("PRAGMA synchronous = NORMAL")
-        run("PRAGMA journal_size_limit = 4194304")
-        if (found := run("PRAGMA quick_check(1)")) != [("ok",)]:
-            raise sqlite3.DatabaseError(str(found[0][0]))
-        if self.path is not None:
-            with contextlib.suppress(OSError):
-                self._log = os.open(f"{self.path}-wal", os.O_RDONLY | os.O_CLOEXEC)
-
-    def _disconnect(self) -> None:
-        if self._log >= 0:
-            os.close(self._log)
-            self._log = -1
-        if self._database:
-            with contextlib.suppress(sqlite3.Error):
-                self._database.close()
-            self._database = None
-
-    def _rescue(self, path: Path, error: sqlite3.Error) -> list[Stored]:
-        """What can be read of a damaged file, which is put aside."""
-        rows: dict[int, Stored] = {}
-        altered = set()
-        for order in ("ASC", "DESC"):
-            with contextlib.suppress(sqlite3.Error):
-                for row in self._each(order):
-                    if stored := _whole(row):
-                        rows[stored.id] = stored
-                    else:
-                        altered.add(row[0])
-        self._disconnect()
-        aside = path.with_name(path.name + ".damaged")
-        path.replace(aside)
-        for suffix in ("-wal", "-journal"):
-            path.with_name(path.name + suffix).unlink(missing_ok=True)
-        logger.error(
-            "spool %s is damaged (%s): %d messages in it can be read and will be sent; it is kept as %s",
-            path, error, len(rows), aside.name,
-        )  # fmt: skip
-        if altered:
-            self.count_shed("damaged", len(altered))
-        # of no position in shared memory: it was that of an earlier ring
-        return [rows[number]._replace(position=0) for number in sorted(rows)]
-
-    def _insert(self, stored: Iterable[Stored]) -> None:
-        assert self._database
-        self._database.executemany(
-            f"INSERT INTO message ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (
-                (*row[:4], self._ring_id, row.position, _checksum(*row[:4], self._ring_id, row.position))
-                for row in stored
-            ),
-        )
-
-    @contextlib.contextmanager
-    def _commit(self) -> Iterator[None]:
-        self._run("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._run("COMMIT")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                self._run("ROLLBACK")
-            raise
-
-    def _cannot_write(self, error: sqlite3.Error) -> None:
+    def _cannot_write(self, error: Exception) -> None:
         if not self.disk_error:
             logger.error(
                 "spool %s cannot be written (%s): messages wait in memory, %d MB of them at most; free disk space",
@@ -424,102 +344,22 @@ class Spool:
             )  # fmt: skip
         self.disk_error = str(error)
         self._retry_s = time.monotonic() + _RETRY_S
-        if not _is_no_damage(error):  # under our hands
-            with contextlib.suppress(EdgekitError):
-                self._open(error)
-                self.mark()
+        if is_damage(error):  # under our hands
+            try:
+                self._lost(self._file.open(error))
+            except (OSError, sqlite3.Error) as again:
+                logger.error("spool %s is damaged (%s) and cannot be mended now (%s)", self.path, error, again)
 
-    def _load(self) -> None:
-        deleted = set(self._deleted)
-        try:
-            rows = self._run(f"SELECT {_COLUMNS} FROM message WHERE id > ? ORDER BY id LIMIT {_BATCH}", (self._loaded,))
-            loaded = [_whole(row) for row in rows]
-            if None in loaded:
-                raise sqlite3.DatabaseError("a message was altered")
-        except sqlite3.Error as error:
-            self._cannot_write(error)
-            return
-        for stored in loaded:
-            if stored and stored.id not in deleted:
-                self._fresh.append(stored._replace(replayed=self._is_replayed(stored.id, stored.position)))
-        self._loaded = rows[-1][0] if rows else self._last_id
-        if self._fresh:
-            self._oldest_s = self._fresh[0].stored_s
+    def _lost(self, count: int) -> None:
+        if count > 0:
+            self.count_shed("damaged", count)
 
-    def _rows_of(self, records: list[tuple[int, bytes]], on_disk: bool = True) -> Iterator[Stored]:
-        number, clock_s = self._last_id, self.clock_s
-        for position, record in records:
-            if position <= self._already:
-                continue
-            topic, _, payload = record.partition(b"\0")
-            number += 1
-            identity = number if on_disk else 0
-            yield Stored(identity, topic.decode(), payload, clock_s, position, self._is_replayed(identity, position))
-
-    def _is_replayed(self, identity: int, position: int) -> bool:
-        return 0 < identity <= self._replay_id or 0 < position <= self._replay_position
-
-    def _sync(self, now_s: float) -> None:
-        """What waits is on the disk soon, and rows that are too old are not."""
-        if self._rows and now_s - self._sync_s > _SYNC_S and self._log >= 0 and self.oldest_s > _SYNC_S:
-            self._sync_s = now_s
-            with contextlib.suppress(OSError):
-                os.fsync(self._log)
-        if self._rows and now_s - self._age_s > _AGE_S and self.oldest_s > self.max_age_s:
-            self._age_s = now_s
-            self._shed("age", "stored_s < ?", self.clock_s - self.max_age_s)
-
-    def _shed_oldest(self) -> None:
-        """Down to nine tenths, so that it is not done for each message."""
-        to_free, last = self.bytes - 0.9 * self.max_bytes, self._loaded
-        with contextlib.suppress(sqlite3.Error):
-            assert self._database
-            for number, size in self._database.execute(
-                "SELECT id, length(payload) + length(topic) FROM message WHERE id > ? ORDER BY id", (self._loaded,)
-            ):
-                to_free -= size + _ROW_BYTES
-                last = number
-                if to_free <= 0:
-                    break
-            self._shed("full", "id <= ?", last)
-
-    def _shed(self, cause: str, condition: str, value: float) -> None:
-        """Rows that are loaded are under way, and stay."""
-        where = f"id > {self._loaded} AND {condition}"
-        try:
-            with self._commit():
-                ((count, size),) = self._run(
-                    f"SELECT count(*), coalesce(sum(length(payload) + length(topic)), 0) FROM message WHERE {where}",
-                    (value,),
-                )
-                self._run(f"DELETE FROM message WHERE {where}", (value,))
-        except sqlite3.Error as error:
-            self._cannot_write(error)
-            return
-        self._rows -= count
-        self.bytes -= size + _ROW_BYTES * count
+    def _count(self, cause: str, count: int) -> None:
         if count:
             self.count_shed(cause, count)
 
 
-def _size(stored: Stored) -> int:
-    return len(stored.payload) + len(stored.topic) + _ROW_BYTES
-
-
-def _checksum(number: int, topic: str, payload: bytes, stored_s: float, ring: int, position: int) -> int:
-    return zlib.crc32(payload, zlib.crc32(f"{number} {topic} {stored_s!r} {ring} {position}".encode()))
-
-
-def _whole(row: Sequence[Any]) -> Stored | None:
-    """The message in a row, unless it is damaged."""
-    number, topic, payload, stored_s, _ring, position, checksum = row
-    if isinstance(payload, bytes) and isinstance(topic, str) and _checksum(*row[:6]) == checksum:
-        return Stored(number, topic, payload, stored_s, position, True)
-    return None
-
-
-def _is_no_damage(error: sqlite3.Error) -> bool:
-    """Whether it is what the system would not let us do, and not what is in the file."""
-    return any(
-        part in str(error) for part in ("locked", "unable to open", "full", "disk I/O", "out of memory", "readonly")
-    )
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return "full" in str(error) or "disk I/O" in str(error)
