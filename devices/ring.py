@@ -64,7 +64,7 @@ class Ring:
         self._map = mmap.mmap(self._fd, _HEADER_BYTES + self._size)  # -1: anonymous memory
         self._words = memoryview(self._map).cast("Q")
         if not self._valid():
-            if cut or self._map[:8] != bytes(8):
+            if cut or self._map[:8] != bytes(8) or self._words[_HEAD]:
                 logger.error("what an earlier run left in shared memory is damaged and left out")
                 on_lost(1)
             self._map[:_HEADER_BYTES] = bytes(_HEADER_BYTES)

@@ -315,19 +315,27 @@ class Spool:
         self._loaded = rows[-1][0] if rows else self._file.last_id
         return True
 
+    def _unload(self) -> None:
+        """What was loaded and not taken will be loaded again."""
+        if self._fresh and self._fresh[0].id:
+            self._loaded = self._fresh[0].id - 1
+            self._fresh.clear()
+
     # -- the disk --------------------------------------------------------------------------------------------------
 
     def _tidy(self, now_s: float) -> None:
-        """Keeps to the limits. Nothing is to be deleted now; rows that are loaded are under way, and stay."""
+        """Keeps to the limits. Nothing is to be deleted now; rows that were taken are under way, and stay."""
         if not self._file.count and now_s - self._tidy_s < _TIDY_S:
             return
         try:
             if self._file.bytes > self.max_bytes:
+                self._unload()
                 # down to nine tenths, so that it is not done for each message
                 self._count("full", self._file.shed_oldest(self._loaded, self._file.bytes - 0.9 * self.max_bytes))
             if now_s - self._tidy_s > _TIDY_S:
                 self._tidy_s = now_s
                 if self.oldest_s > self.max_age_s:
+                    self._unload()
                     self._count("age", self._file.shed_older(self._loaded, self.clock_s - self.max_age_s))
                 self._file.shrink()
             if now_s - self._sync_s > _SYNC_S and self.oldest_s > _SYNC_S:

@@ -270,8 +270,9 @@ class SpoolFile:
 
     def shrink(self) -> None:
         """Gives back room that rows have left."""
-        if self._run("PRAGMA freelist_count")[0][0] * 4 > self._run("PRAGMA page_count")[0][0]:
-            self._run(f"PRAGMA incremental_vacuum({_SHRINK_PAGES})")
+        if self._run("PRAGMA freelist_count")[0][0] * 4 > self._run("PRAGMA page_count")[0][0] and self._database:
+            # A script, as execute() would give back a single page: it stops at the first of rows without columns.
+            self._database.executescript(f"PRAGMA incremental_vacuum({_SHRINK_PAGES})")
 
     # -- SQLite ----------------------------------------------------------------------------------------------------
 
