@@ -134,8 +134,13 @@ class Ring:
         return self._cursor == self._head
 
     @property
+    def held_bytes(self) -> int:
+        """Of all records that were not released."""
+        return self._head - self._tail
+
+    @property
     def half_full(self) -> bool:
-        return self._head - self._tail > self._size // 2
+        return self.held_bytes > self._size // 2
 
     def fits(self, record: bytes) -> bool:
         """Whether there can ever be room for it."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import platformdirs
 
 from edgekit.devices.ring import RING_BYTES, Record, Ring
-from edgekit.devices.spool_file import Row, SpoolFile, is_damage, make_row, row_bytes
+from edgekit.devices.spool_file import ROW_BYTES, Row, SpoolFile, is_damage, make_row, row_bytes
 from edgekit.errors import EdgekitError
 
 logger = logging.getLogger(__name__)
@@ -162,7 +162,8 @@ class Spool:
 
     @property
     def full(self) -> bool:
-        return self.bytes >= 0.9 * self.max_bytes
+        """Whether who can wait should, so that nothing is shed: with what is in shared memory, as it will be stored."""
+        return self.bytes + self._ring.held_bytes + ROW_BYTES * self._ring.count >= 0.9 * self.max_bytes
 
     @property
     def oldest_s(self) -> float:

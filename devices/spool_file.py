@@ -24,7 +24,7 @@ _TABLE = (
 _APPLICATION_ID = 0x45444B31
 _NUMBERS = struct.Struct("=qdqq")
 # A row takes so much beside its payload and topic.
-_ROW_BYTES = 64
+ROW_BYTES = 64
 # Pages that are given back at once at most, of 4 KB, so that no one waits for long.
 _SHRINK_PAGES = 2000
 
@@ -242,7 +242,7 @@ class SpoolFile:
         sizes = "SELECT id, length(payload) + length(topic) FROM message WHERE id > ? ORDER BY id"
         for number, size in self._each(sizes, (after,)):
             last = number
-            size_bytes -= size + _ROW_BYTES
+            size_bytes -= size + ROW_BYTES
             if size_bytes <= 0:
                 break
         return self._shed(after, last)
@@ -259,7 +259,7 @@ class SpoolFile:
         ((self.count, size),) = self._run(
             "SELECT count(*), coalesce(sum(length(payload) + length(topic)), 0) FROM message"
         )
-        self.bytes = size + _ROW_BYTES * self.count
+        self.bytes = size + ROW_BYTES * self.count
         if oldest := self._run("SELECT stored_s FROM message ORDER BY id LIMIT 1"):
             self.oldest_s = oldest[0][0]
 
@@ -309,7 +309,7 @@ def is_damage(error: Exception) -> bool:
 
 
 def row_bytes(topic: str, payload: bytes) -> int:
-    return len(topic) + len(payload) + _ROW_BYTES
+    return len(topic) + len(payload) + ROW_BYTES
 
 
 def make_row(number: int, topic: str, payload: bytes, stored_s: float, ring: int, position: int) -> Row:

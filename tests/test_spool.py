@@ -333,6 +333,20 @@ def test_bytes_above_the_limit_shed_the_oldest_and_count_them(opened: Any) -> No
     assert spool.bytes == 0
 
 
+def test_full_tells_who_can_wait_before_anything_is_shed(opened: Any) -> None:
+    spool = opened(max_bytes=1 << 16)
+    count = 0
+    for _ in range(5):
+        while not spool.full:
+            put(spool, count, size=100)
+            count += 1
+        spool.store()
+        assert spool.bytes > 0.8 * (1 << 16) and not spool.shed
+        for one in spool.take(60):
+            spool.delete(one)
+    assert count > 500 and drain(spool) == list(range(300, count))
+
+
 def test_rows_under_way_are_not_shed(opened: Any) -> None:
     spool = opened(max_bytes=1 << 16)
     put(spool, *range(40), size=1000)
