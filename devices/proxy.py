@@ -28,11 +28,13 @@ class Passage:
 
 
 class Traffic:
-    """What MQTT carried through one proxy: ``passages`` of predictions by their ids, and when one subscribed last."""
+    """What MQTT carried through one proxy, noted in its thread; may be asked from any other."""
 
     def __init__(self) -> None:
-        self.passages: dict[str, Passage] = {}
-        self.subscribed_s = 0.0  # by time.monotonic
+        self._passages: dict[str, Passage] = {}
+        self._lock = threading.Lock()
+        #: When one subscribed last, by the monotonic clock.
+        self.subscribed_s = 0.0
 
     def watch(self) -> tuple[Callable[[bytes], None], Callable[[bytes], None]]:
         """For one connection: what to call with the bytes of each direction."""
@@ -60,15 +62,17 @@ class Traffic:
         topic_end = 2 + int.from_bytes(body[:2], "big")
         found = _PREDICTION_ID.search(body, topic_end) if body[2:topic_end].endswith(b"/prediction") else None
         if found:
-            passage = self.passages.setdefault(found[1].decode(), Passage())
+            with self._lock:
+                passage = self._passages.setdefault(found[1].decode(), Passage())
+                if len(self._passages) > _REMEMBERED:
+                    del self._passages[next(iter(self._passages))]
             passage.times += 1
             sent[body[topic_end : topic_end + 2]] = passage
-            if len(self.passages) > _REMEMBERED:
-                del self.passages[next(iter(self.passages))]
 
-    def acknowledged(self) -> set[str]:
-        """The predictions that the receiver took."""
-        return {prediction for prediction, passage in list(self.passages.items()) if passage.answer == 0}
+    def passages(self) -> dict[str, Passage]:
+        """Of the predictions, by their ids."""
+        with self._lock:
+            return self._passages.copy()
 
 
 class Packets:

@@ -183,9 +183,10 @@ class _Soak:
         return sum(sent.size() - sent.common(arrived.get(boot_id, nothing)).size() for boot_id, sent in told.items())
 
     def lost(self, told: Mapping[str, Intervals]) -> list[Lost]:
+        first, second = self.from_runtime.passages(), self.to_subscriber.passages()
         arrived, nothing = self._arrived(), Intervals()
         return [
-            self._blame(f"{boot_id}-{seq}")
+            blame(name := f"{boot_id}-{seq}", first.get(name), second.get(name))
             for boot_id, sent in told.items()
             for seq in chain.from_iterable(sent.ranges())
             if seq not in arrived.get(boot_id, nothing)
@@ -197,7 +198,7 @@ class _Soak:
         shed: Counter[str] = Counter()
         for of_start in runtime.shed.values():
             shed.update(of_start)
-        calls = np.array(runtime.calls_ms)
+        calls, sent_by = np.array(runtime.calls_ms), self.from_runtime.passages()
         return SoakResult(
             seed=seed,
             duration_s=duration_s,
@@ -212,17 +213,12 @@ class _Soak:
             duplicates=accounting.duplicates,
             duplicates_unflagged=accounting.duplicates_unflagged,
             duplicates_by_broker=sum(
-                max(0, passage.times - self.from_runtime.passages.get(prediction, passage).times)
-                for prediction, passage in self.to_subscriber.passages.items()
+                max(0, passage.times - sent_by.get(prediction, passage).times)
+                for prediction, passage in self.to_subscriber.passages().items()
             ),
             reordered=accounting.reordered,
             shed=dict(shed),
             call_ms=CallMs(*np.percentile(calls, [50, 99, 100]).round(3).tolist()) if calls.size else None,
-        )
-
-    def _blame(self, prediction: str) -> Lost:
-        return blame(
-            prediction, self.from_runtime.passages.get(prediction), self.to_subscriber.passages.get(prediction)
         )
 
     def _delay(self) -> None:
@@ -242,11 +238,12 @@ class _Soak:
 
     def _caught_up(self) -> bool:
         since_s = self.to_subscriber.subscribed_s
-        return (
-            since_s > self._broker_ended_s
-            and time.monotonic() - since_s > GOOD_S
-            and self.from_runtime.acknowledged() <= self.to_subscriber.passages.keys()
-        )
+        return since_s > self._broker_ended_s and time.monotonic() - since_s > GOOD_S and not self._behind()
+
+    def _behind(self) -> bool:
+        """Whether the broker acknowledged anything that it did not pass on."""
+        passed_on = self.to_subscriber.passages()
+        return any(one.answer == 0 and name not in passed_on for name, one in self.from_runtime.passages().items())
 
 
 def soak(

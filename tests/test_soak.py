@@ -187,8 +187,8 @@ def test_proxy_notes_what_passes(broker: Any, client: Callable[[int], paho.Clien
         publish(sender, "boot-3", 300_000)
         sender.publish("edgekit/a/b/prediction", '{"id":"boot-4"}', 0)  # acknowledged by none
         assert all(arrived.acquire(timeout=10) for _ in range(3))
-        assert traffic.passages == {"boot-1": Passage(1, 0x10), "boot-2": Passage(1, 0), "boot-3": Passage(1, 0)}
-        assert onward.subscribed_s > traffic.subscribed_s == 0 and onward.passages.keys() == {"boot-2", "boot-3"}
+        assert traffic.passages() == {"boot-1": Passage(1, 0x10), "boot-2": Passage(1, 0), "boot-3": Passage(1, 0)}
+        assert onward.subscribed_s > traffic.subscribed_s == 0 and onward.passages().keys() == {"boot-2", "boot-3"}
 
 
 def test_proxy_cut_and_mended(broker: Any, client: Callable[[int], paho.Client]) -> None:
