@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from edgekit.messages import PredictionMessage
-    from edgekit.subscriber import Message
+    from edgekit.received import Message
 
 
 def _thresholds(given: tuple[str, ...]) -> dict[str, float]:
