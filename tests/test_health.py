@@ -32,9 +32,11 @@ def test_cpu_temp_where_the_system_does_not_tell(tmp_path: Path) -> None:
 
 def test_rss_grows_with_what_is_held() -> None:
     before = rss_bytes()
+    if before is None:
+        pytest.skip("this system does not tell")
     held = bytearray(b"x" * 50_000_000)
     after = rss_bytes()
-    assert before and after and 40e6 < after - before < 80e6 and held
+    assert after and 40e6 < after - before < 80e6 and held
 
 
 def test_recent_of_nothing_has_no_percentiles() -> None:
