@@ -143,21 +143,24 @@ class Proxy:
             writers.append(to_writer)
             self._writers.add(to_writer)
             up, down = self._traffic.watch()
-            await asyncio.gather(self._pass_on(reader, to_writer, up), self._pass_on(to_reader, writer, down))
+            # What one side sent before it died is passed on, though the other can send it nothing more.
+            both = self._pass_on(reader, to_writer, up), self._pass_on(to_reader, writer, down)
+            await asyncio.gather(*both, return_exceptions=True)
         except (OSError, asyncio.CancelledError):
-            pass  # one side has gone, or was never there: so is the other one now
+            pass  # the other side is not there: so neither is this one
         finally:
             for one in writers:
                 self._writers.discard(one)
-                one.transport.abort()
+                one.close()
 
     async def _pass_on(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, watch: Callable[[bytes], None]
     ) -> None:
         while data := await reader.read(1 << 16):
-            watch(data)
-            await asyncio.sleep(self.delay_s)
+            if self.delay_s:
+                await asyncio.sleep(self.delay_s)
             writer.write(data)
+            watch(data)
             await writer.drain()
         with contextlib.suppress(OSError):
             writer.write_eof()
