@@ -104,6 +104,7 @@ class Publisher:
         self._health_s = self._stalled_s = 0.0
         self._again = False  # what was refused is to be sent again
         self._refusal = ""
+        self._left = self._turns = 0
         self._was_connected, self._idle = False, True
         self._last_ack_s = time.monotonic()
         self._ending = self._ended = self._said_offline = False
@@ -186,7 +187,8 @@ class Publisher:
     def _flush(self) -> int:
         """Waits until all is acknowledged or the broker has been still for too long; how many are left."""
         began_s = self._last_ack_s = time.monotonic()
-        while self._spool.messages:
+        turn = self._turns + 2  # the first that began after now
+        while self._left or self._turns < turn:
             now_s = time.monotonic()
             if now_s - self._last_ack_s > CLOSE_TIMEOUT_S or (
                 now_s - began_s > STOP_TIMEOUT_S and (self._stop.is_set() or self._refusal or not self._was_connected)
@@ -194,7 +196,7 @@ class Publisher:
                 break
             self._connection.wake()
             time.sleep(_WAIT_S)
-        return self._spool.messages
+        return self._left if self._turns >= turn else max(1, self._left)
 
     # -- for the connection's thread -------------------------------------------------------------------------------
 
@@ -204,6 +206,9 @@ class Publisher:
         wish_s = self._spool.store(urgent=not self._connection.connected or (not self._wait and self._spool.half_full))
         if self._connection.connected:
             wish_s = min(wish_s, self._send(now_s), self._say(now_s))
+        # Only in this thread the spool can be counted while messages move from one place of it to the next.
+        self._left = self._spool.messages
+        self._turns += 1
         if now_s - self._spool.stored_s < IDLE_S:
             return min(wish_s, LOOK_S)
         self._idle = True
