@@ -177,7 +177,10 @@ class Publisher:
             what = f"broker {self._address} cannot be reached: {left} messages are left"
         if self._spool.path is None:
             raise BrokerError(what, mend="check the broker and run again")
-        what += f"; they are kept in {self._spool.path}"
+        if self._spool.disk_error:
+            what += f"; they are kept in memory until the machine restarts, as {self._spool.path} cannot be written"
+        else:
+            what += f"; they are kept in {self._spool.path}"
         if self._stop.is_set():
             logger.warning("%s and sent by the next run", what)
             return

@@ -55,7 +55,10 @@ class Ring:
         cut = False
         if name is not None:
             try:
-                self._fd, cut = self._open(name)
+                try:
+                    self._fd, cut = self._open(name)
+                except FileNotFoundError:
+                    self._fd, cut = self._open(name)
             except OSError as error:
                 logger.warning(
                     "no shared memory (%s): the last moments before the process is killed may be lost; enlarge %s",
@@ -88,7 +91,7 @@ class Ring:
     def _open(self, name: str) -> tuple[int, bool]:
         """The locked file, and whether it was of another size, so that nothing in it can be used."""
         uid = os.getuid()
-        path = _SHARED_MEMORY / f"edgekit-{uid}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.ring"
+        path = self._path = _SHARED_MEMORY / f"edgekit-{uid}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.ring"
         # Everyone may write to /dev/shm: not through a link, and not into what another user has put there.
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
@@ -102,6 +105,8 @@ class Ring:
                     f"spool {name} is in use by another run",
                     mend="give this one another --stream, device id or --spool",
                 ) from None
+            if not path.exists() or path.stat().st_ino != found.st_ino:
+                raise FileNotFoundError(f"{path} was just removed by another run")
             length = _HEADER_BYTES + self._size
             found = os.fstat(fd)  # another process may have just made it
             if found.st_size != length:
@@ -223,9 +228,13 @@ class Ring:
         self._on_lost(lost)
 
     def close(self) -> None:
+        """Removes the file if nothing is left in it."""
+        empty = self._head == self._tail
         self._words.release()
         self._map.close()
         if self._fd >= 0:
+            if empty:  # while no other may have it
+                self._path.unlink(missing_ok=True)
             os.close(self._fd)
             self._fd = -1
 

@@ -117,13 +117,8 @@ class Subscriber:
     # -- in the thread of the connection ---------------------------------------------------------------------------
 
     def _connected(self) -> None:
-        """If the broker still has our session it sends what waits here again: that is not to come twice."""
-        if self._connection.client.session_present:
-            present = self._connection.client
-            with self._changed:
-                kept = [(message, of) for message, of in self._messages if of is present or not message.qos]
-                self._messages = deque(kept)
-        self._held = False
+        if not self._connection.client.session_present:  # nothing of what waits here will come again
+            self._held = False
         self._tell()
 
     def _lost(self) -> None:
@@ -136,10 +131,22 @@ class Subscriber:
                 logger.warning("messages of QoS 0 are dropped, as they are not asked for as fast as they come")
             return
         with self._changed:
+            if self._held:
+                self._forget(message)
             self._messages.append((message, self._connection.client))
         self._tell()
 
+    def _forget(self, again: MQTTMessage) -> None:
+        """What waits here and comes again is not to come twice."""
+        for place, (message, of) in enumerate(self._messages):
+            if of is not self._connection.client and (message.topic, message.payload) == (again.topic, again.payload):
+                del self._messages[place]
+                return
+
     def _answered(self, reasons: list[ReasonCode]) -> None:
+        # A broker sends what it has of our session first. What did not come by now it has forgotten, as one does that
+        # was killed before it saved: it is in no other hands than ours.
+        self._held = False
         refused = [reason for reason in reasons if reason.is_failure]
         self._refusal = str(refused[0]).lower() if refused else ""
         self._subscribed = True

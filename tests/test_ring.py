@@ -95,6 +95,7 @@ def test_open_of_a_ring_in_use_is_refused(ring: Ring) -> None:
 def test_open_through_a_link_is_refused_and_loud(
     ring: Ring, shared_memory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    ring.put(b"b")
     ring.close()
     (path,) = shared_memory.iterdir()
     path.rename(tmp_path / "elsewhere")
@@ -194,3 +195,16 @@ def test_1000_damaged_rings_give_what_is_whole_in_order_and_nothing_else(ring: R
         outcomes.add(len(order))
         again.close()
     assert len(outcomes) > 10
+
+
+def test_close_leaves_no_file_unless_something_is_left(shared_memory: Path) -> None:
+    ring = Ring("pi-4.main", SIZE)
+    assert ring.put(b"one")
+    ring.close()
+    assert len(list(shared_memory.iterdir())) == 1
+    ring = Ring("pi-4.main", SIZE)
+    ((position, record),) = ring.read(10)
+    assert record == b"one"
+    ring.release(position)
+    ring.close()
+    assert not list(shared_memory.iterdir())

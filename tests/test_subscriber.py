@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -304,3 +305,19 @@ def test_subscription_that_is_refused_is_an_error(mosquitto: Any, caplog: pytest
 def test_unreachable_broker_is_an_error(free_port: Any) -> None:
     with pytest.raises(BrokerError, match="cannot be reached"):
         Subscriber(f"mqtt://127.0.0.1:{free_port()}")
+
+
+def test_broker_that_forgot_what_it_had_sent_costs_no_message(
+    lasting: Any, predictions: Any, until: Any, tmp_path: Path
+) -> None:
+    """Killed, it knows the session as it last saved it: what waits here then is in no other hands."""
+    with Subscriber(lasting.url, client_id="keeps", session_expiry_s=60) as subscriber:
+        lasting._process.send_signal(signal.SIGUSR1)
+        until(lambda: (tmp_path / "mosquitto.db").exists())
+        lasting.publish(TOPIC, *predictions(*range(1, 16)))
+        assert [subscriber.next(10).prediction.seq for _ in range(3)] == [1, 2, 3]
+        until(lambda: len(subscriber._messages) == 12)
+        lasting.kill()
+        lasting.start()
+        assert [subscriber.next(10).prediction.seq for _ in range(12)] == list(range(4, 16))
+        assert "nothing missing" in str(subscriber.accounting)
