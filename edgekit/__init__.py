@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edgekit.devices.bench import bench
     from edgekit.devices.interpreter import load
     from edgekit.devices.run import run, stream
+    from edgekit.devices.soak.soak import soak
     from edgekit.inspection import inspect
     from edgekit.subscriber import Subscriber
 
@@ -45,6 +46,7 @@ __all__ = [
     "kernel",
     "load",
     "run",
+    "soak",
     "stream",
 ]
 
@@ -60,6 +62,7 @@ _LAZY = {
     "kernel": "edgekit.custom_ops",
     "load": "edgekit.devices.interpreter",
     "run": "edgekit.devices.run",
+    "soak": "edgekit.devices.soak.soak",
     "stream": "edgekit.devices.run",
 }
 

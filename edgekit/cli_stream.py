@@ -253,16 +253,12 @@ def soak(as_json: bool, **options: Any) -> None:
     The broker is a Mosquitto of its own. The runtime runs BUNDLE, or without one publishes made predictions. Fails if a
     prediction was lost, or came twice without being marked.
     """
-    import dataclasses
-
     import msgspec
 
-    from edgekit.devices.soak import Faults, soak
     from edgekit.terminal import progress_bar
 
-    faults = Faults(**{field.name: options.pop(field.name) for field in dataclasses.fields(Faults)})
     with progress_bar() as progress:
-        result = soak(faults=faults, progress=progress, **options)
+        result = edgekit.soak(progress=progress, **options)
     click.echo(msgspec.json.encode(result) if as_json else str(result))
     if not result.sound:
         raise EdgekitError(

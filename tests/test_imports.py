@@ -77,7 +77,7 @@ def imported_names(path: Path) -> set[str]:
 
 @pytest.mark.parametrize(("side", "other"), [("converters", "devices"), ("devices", "converters")])
 def test_sides_do_not_import_each_other(side: str, other: str) -> None:
-    files = list((ROOT / side).glob("*.py"))
+    files = list((ROOT / side).rglob("*.py"))
     assert files
     for path in files:
         assert not [name for name in imported_names(path) if name.startswith(f"edgekit.{other}")], path

@@ -14,14 +14,14 @@ import paho.mqtt.client as paho
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
-from edgekit.devices import soak
-from edgekit.devices.proxy import Passage, Proxy, Traffic
-from edgekit.devices.soak_result import blame
+from edgekit.devices.soak import soak
+from edgekit.devices.soak.proxy import Passage, Proxy, Traffic
+from edgekit.devices.soak.result import blame
 from edgekit.errors import BrokerError
 
 pytestmark = pytest.mark.no_runtime
 
-NO_FAULTS = soak.Faults(0, 0, 0, 0, 0, 0)
+NO_FAULTS = dict.fromkeys(soak.Faults.__dataclass_fields__, 0)
 
 
 @pytest.fixture
@@ -67,14 +67,14 @@ def test_soak_tells_of_a_runtime_that(
 ) -> None:
     """A spool that says to have taken a prediction and has not, or takes it twice."""
     (tmp_path / "runtime.py").write_text(
-        "from edgekit.devices import soak_runtime\n"
-        "put = soak_runtime.Spool.put\n"
-        f"soak_runtime.Spool.put = lambda *message: {put}\n"
-        "soak_runtime.main()\n"
+        "from edgekit.devices.soak import runtime\n"
+        "put = runtime.Spool.put\n"
+        f"runtime.Spool.put = lambda *message: {put}\n"
+        "runtime.main()\n"
     )
     monkeypatch.setattr(soak, "_MADE", (str(tmp_path / "runtime.py"),))
     monkeypatch.setattr(soak, "_PATIENCE_S", 3.0)
-    result = soak.soak(duration_s=2, faults=NO_FAULTS)
+    result = soak.soak(duration_s=2, **NO_FAULTS)
     assert not result.sound
     assert bool(result.lost) == lost and bool(result.duplicates_unflagged) == twice
     assert all(one.id.endswith("7") and one.by == "runtime" for one in result.lost)
@@ -87,17 +87,17 @@ def test_soak_starts_a_runtime_again_that_ends_by_itself(
 ) -> None:
     (tmp_path / "runtime.py").write_text(
         "import os, pathlib, threading\n"
-        "from edgekit.devices import soak_runtime\n"
+        "from edgekit.devices.soak import runtime\n"
         "ended = pathlib.Path(__file__).with_name('ended')\n"
         "def end():\n"
         "    ended.touch()\n"
         "    os.write(2, b'no more\\n')\n"
         "    os._exit(3)\n"
         "ended.exists() or threading.Timer(0.5, end).start()\n"
-        "soak_runtime.main()\n"
+        "runtime.main()\n"
     )
     monkeypatch.setattr(soak, "_MADE", (str(tmp_path / "runtime.py"),))
-    result = soak.soak(duration_s=6, faults=NO_FAULTS)
+    result = soak.soak(duration_s=6, **NO_FAULTS)
     assert result.sent and result.sound
     assert result.runtime_ended == ["no more"] and result.runtime_starts == 2
 

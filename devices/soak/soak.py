@@ -19,17 +19,17 @@ from typing import NamedTuple
 import numpy as np
 
 from edgekit.accounting import Intervals
-from edgekit.devices.mosquitto import Mosquitto
-from edgekit.devices.proxy import Proxy, Traffic
-from edgekit.devices.soak_result import CallMs, Lost, SoakResult, blame
-from edgekit.devices.supervised import Runtime
+from edgekit.devices.soak.mosquitto import Mosquitto
+from edgekit.devices.soak.proxy import Proxy, Traffic
+from edgekit.devices.soak.result import CallMs, Lost, SoakResult, blame
+from edgekit.devices.soak.supervised import Runtime
 from edgekit.errors import EdgekitError
 from edgekit.mqtt import GOOD_S
 from edgekit.subscriber import Subscriber
 
 logger = logging.getLogger(__name__)
 
-_MADE = ("-m", "edgekit.devices.soak_runtime")
+_MADE = ("-m", "edgekit.devices.soak.runtime")
 _DEVICE, _STREAM = "soak", "main"
 # The longest that a fault lasts.
 _LONGEST_S = 10.0
@@ -42,12 +42,12 @@ _START_S = 60.0
 class Faults:
     """How often what happens. A broker is killed (SIGKILL) or restarted (SIGTERM), a runtime is killed."""
 
-    broker_kills: int = 3
-    broker_restarts: int = 1
-    runtime_kills: int = 2
-    cuts: int = 1
-    delays: int = 1
-    disk_full: int = 1
+    broker_kills: int
+    broker_restarts: int
+    runtime_kills: int
+    cuts: int
+    delays: int
+    disk_full: int
 
 
 class Step(NamedTuple):
@@ -253,11 +253,16 @@ def soak(
     rate: float = 50.0,
     duration_s: float = 60.0,
     seed: int = 0,
-    faults: Faults | None = None,
+    broker_kills: int = 3,
+    broker_restarts: int = 1,
+    runtime_kills: int = 2,
+    cuts: int = 1,
+    delays: int = 1,
+    disk_full: int = 1,
     folder: str | os.PathLike[str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> SoakResult:
-    """Runs a runtime with a broker and a subscriber of its own under ``faults``, and accounts for each prediction.
+    """Runs a runtime with a broker and a subscriber of its own, lets faults happen, and accounts for each prediction.
 
     Args:
         bundle: what ``edgekit run`` runs, in a loop; None: made predictions, by way of the same publisher and spool.
@@ -265,7 +270,7 @@ def soak(
         rate: predictions a second.
         duration_s: the faults are spread over so long, and over what the broker is waited for.
         seed: of when they come and how long they last.
-        faults: how many of each kind.
+        broker_kills, broker_restarts, runtime_kills, cuts, delays, disk_full: how many of each kind.
         folder: where spool and logs are left; None: a temporary one.
         progress: called with ``("soak", seconds, of so many)``.
 
@@ -279,7 +284,8 @@ def soak(
     if (bundle is None) != (source is None):
         raise EdgekitError("soak", expected="a bundle with a source, or neither", mend="give --source with BUNDLE")
     chance = random.Random(seed)
-    steps = schedule(faults or Faults(), duration_s, chance)
+    faults = Faults(broker_kills, broker_restarts, runtime_kills, cuts, delays, disk_full)
+    steps = schedule(faults, duration_s, chance)
     with ExitStack() as stack:
         if folder is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="edgekit-soak-"))

@@ -13,7 +13,7 @@ from typing import IO
 import msgspec
 
 from edgekit.accounting import Intervals
-from edgekit.devices.soak_runtime import Told
+from edgekit.devices.soak.runtime import Told
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import msgspec
 
-from edgekit.devices.proxy import Passage
+from edgekit.devices.soak.proxy import Passage
 
 # Lost predictions that a text names.
 _NAMED = 20
