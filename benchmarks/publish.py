@@ -113,7 +113,10 @@ def report(what: str, took: np.ndarray) -> None:
 
 def main() -> None:
     logging.disable(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as name:
+    where = sys.argv[1] if len(sys.argv) > 1 else None
+    if where:
+        Path(where).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=where) as name:
         folder = Path(name)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

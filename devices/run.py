@@ -136,7 +136,7 @@ def run(
         loop: start a file source again at its end.
         ops: kernels of custom operators beside EdgeKit's own, as :func:`edgekit.load` takes them.
         spool: folder in which predictions are kept until the broker has them; by default that of ``STATE_DIRECTORY``,
-            as systemd sets it, else ``~/.local/state/edgekit``.
+            as systemd sets it, else ``~/.local/state/edgekit``; ``none``: in memory alone.
         spool_bytes: so many are kept at most, the oldest given up first.
         spool_age_s: so old they become.
         replay_per_s: what was kept is sent no faster.
@@ -170,7 +170,8 @@ def run(
                 stack.enter_context(embedded)
             address = embedded.address if embedded else parse_broker(broker)
             # An embedded broker ends with this process: what it does not get is not for another one.
-            path = None if embedded else spool_folder(spool) / f"{settings.device_id}.{settings.stream}.sqlite"
+            in_memory = embedded or spool == "none"
+            path = None if in_memory else spool_folder(spool) / f"{settings.device_id}.{settings.stream}.sqlite"
             info = pipeline.info()
             publisher = Publisher(
                 address,

@@ -72,7 +72,8 @@ def _thresholds(given: tuple[str, ...]) -> dict[str, float]:
 @click.option(
     "--spool",
     metavar="DIR",
-    help="Keep predictions in this folder until the broker has them.  [default: ~/.local/state/edgekit]",
+    help="Keep predictions in this folder until the broker has them, or none: in memory.  "
+    "[default: ~/.local/state/edgekit]",
 )
 @click.option(
     "--spool-size",

@@ -226,6 +226,13 @@ def test_full_spool_makes_a_file_wait_for_the_broker(models: Path, video: Path, 
     assert [payload["seq"] for _, payload in received()] == list(range(1, 901))
 
 
+def test_spool_in_memory_leaves_no_file(models: Path, frames: Path, broker: Any, state_home: Path) -> None:
+    counts = edgekit.run(models / "int8.tflite", str(frames), broker=broker.url, device_id="pi", spool="none")
+    assert counts.inferred == 6 and not list(state_home.iterdir())
+    edgekit.run(models / "int8.tflite", str(frames), broker=broker.url, device_id="pi")
+    assert [path.name for path in (state_home / "edgekit").iterdir()] == ["pi.main.sqlite"]
+
+
 def test_embedded_broker_serves_who_listens(
     models: Path, video: Path, free_port: Callable[[], int], edgekit_cli: Any, tmp_path: Path
 ) -> None:
