@@ -125,7 +125,7 @@ def test_pause_of_a_camera_drops_what_comes_until_resume(run: Any, colour: Any) 
     jsonschema.validate(health, HEALTH)
     assert health["captured"] == 7 and health["inferred"] == 2
     assert health["dropped"] == {"behind": 0, "paused": 5} and health["in_flight"] == 0
-    assert health["latency_ms"]["p99"] > 0 and health["fps"] > 0 and health["uptime_s"] > 0
+    assert health["latency_ms"]["p99"] > 0 and health["fps"] > 0
 
 
 def test_pause_of_a_file_loses_no_frame(run: Any, colour: Any) -> None:

@@ -262,7 +262,17 @@ def test_device_announces_itself_to_a_broker_and_again_to_home_assistant_that_st
         )  # fmt: skip
         running.start()
         first()
-        birth = ["mosquitto_pub", "-p", str(broker.port), "-t", "homeassistant/status", "-m", "online"]
+        birth = [
+            "mosquitto_pub",
+            "-h",
+            "127.0.0.1",
+            "-p",
+            str(broker.port),
+            "-t",
+            "homeassistant/status",
+            "-m",
+            "online",
+        ]
         subprocess.run(birth, check=True)
         configs = [payload for _, payload in received()]
         stop.set()
