@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -259,21 +258,11 @@ def test_device_announces_itself_to_a_broker_and_again_to_home_assistant_that_st
                 "broker": broker.url, "device_id": "pi", "loop": True, "max_fps": 20.0, "stop": stop,
                 "label_groups": [f"{group}=red,blue"],
             },
+            daemon=True,  # a test that fails must not wait for it
         )  # fmt: skip
         running.start()
         first()
-        birth = [
-            "mosquitto_pub",
-            "-h",
-            "127.0.0.1",
-            "-p",
-            str(broker.port),
-            "-t",
-            "homeassistant/status",
-            "-m",
-            "online",
-        ]
-        subprocess.run(birth, check=True)
+        broker.publish("homeassistant/status", "online")
         configs = [payload for _, payload in received()]
         stop.set()
         running.join()
