@@ -8,10 +8,7 @@ Needs mosquitto. Both senders take turns within one run, on one broker.
 from __future__ import annotations
 
 import logging
-import shutil
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -25,6 +22,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from edgekit.broker import parse_broker
 from edgekit.decode import Prediction
 from edgekit.devices.publisher import Publisher
+from edgekit.devices.soak.mosquitto import Mosquitto
 from edgekit.devices.spool import Spool
 from edgekit.messages import BundleRef, InfoMessage, Latency, PredictionMessage, Versions, encode
 
@@ -118,15 +116,8 @@ def main() -> None:
         Path(where).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=where) as name:
         folder = Path(name)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        config = folder / "mosquitto.conf"
-        config.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\nmax_queued_messages 0\n")
-        program = shutil.which("mosquitto") or "/usr/sbin/mosquitto"
-        broker = subprocess.Popen([program, "-c", str(config)], stderr=subprocess.DEVNULL)
-        time.sleep(0.5)
-        try:
+        with Mosquitto(folder, lasting=False) as broker:
+            port = broker.port
             print(f"{len(encode(message(1)))} bytes, {MESSAGES} messages, {ROUNDS} turns")
             rounds = [(plain_paho(port), spooled(port, folder)) for _ in range(ROUNDS)]
             plain, kept = (
@@ -139,9 +130,6 @@ def main() -> None:
             report("50 a second", calls_ms(port, folder, 50, busy=False))
             report("50 a second, busy between", calls_ms(port, folder, 50, busy=True))
             report("500 a second, busy between", calls_ms(port, folder, 500, busy=True))
-        finally:
-            broker.terminate()
-            broker.wait()
         report("50 a second, broker away", calls_ms(port, folder, 50, busy=True))
 
 

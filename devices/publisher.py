@@ -107,7 +107,7 @@ class Publisher:
         self._left = self._turns = 0
         self._was_connected, self._idle = False, True
         self._last_ack_s = time.monotonic()
-        self._ending = self._ended = self._said_offline = False
+        self._ending = self._said_offline = False
         #: Topic filters that it subscribes to.
         self.filters = (*([self._command_topic] if commands else ()), *(discovery.filters if discovery else ()))
         self._connection = Connection(
@@ -187,6 +187,10 @@ class Publisher:
         mend = "check its access rules for this user and device id" if self._refusal else "check the broker"
         raise BrokerError(what, mend=f"{mend}, and run this device and stream again to send them")
 
+    @property
+    def _ended(self) -> bool:
+        return self._said_offline and not self._beside
+
     def _flush(self) -> int:
         """Waits until all is acknowledged or the broker has been still for too long; how many are left."""
         began_s = self._last_ack_s = time.monotonic()
@@ -263,9 +267,8 @@ class Publisher:
             for to, payload in self._discovery.turn(now_s):
                 self._publish(to, payload, retain=True)
         if self._ending and not self._said_offline:
-            self._said_offline = True
             self._publish(self._status_topic, OFFLINE, retain=True)
-        self._ended = self._said_offline and not self._beside
+            self._said_offline = True  # not before: close() looks for what is not acknowledged then
         due_s = min(
             self._health_s if self._health else now_s + 60, self._discovery.due_s if self._discovery else math.inf
         )

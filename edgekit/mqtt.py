@@ -56,8 +56,8 @@ class Connection:
     """A connection to a broker, made again for ever when lost, by a thread of its own.
 
     Each connection is a new paho client: what a lost one had under way is forgotten, and for the owner to send again.
-    The callbacks are called in that thread and must not block; :meth:`publish` and :meth:`subscribe` may be called from
-    them alone.
+    The callbacks are called in that thread and must not block; :meth:`publish` may be called from them
+    alone.
 
     Args:
         will: topic and payload of a retained QoS 1 Last Will.
@@ -207,12 +207,6 @@ class Connection:
         """Sends a message; its id. ``expiry_s``: the broker keeps it for so long for who is away (MQTT 5)."""
         return self.client.send(topic, payload, qos, retain, expiry_s, correlation_data)
 
-    def subscribe(self, *topic_filters: str) -> None:
-        self.client.subscribe([(topic_filter, 1) for topic_filter in topic_filters])
-
-    def unsubscribe(self, *topic_filters: str) -> None:
-        self.client.unsubscribe(list(topic_filters))
-
     # -- the thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -331,7 +325,7 @@ class Connection:
             self.connected, self._error, self._refused = True, None, False
             self._changed.notify_all()
         if self._subscriptions:
-            self.subscribe(*self._subscriptions)
+            self.client.subscribe([(topic_filter, 1) for topic_filter in self._subscriptions])
         if self._on_connect:
             self._on_connect()
 

@@ -17,24 +17,29 @@ START_TIMEOUT_S = 10.0
 _SETTINGS = """\
 listener {port} 127.0.0.1
 allow_anonymous true
+# its default keeps 1,000 messages for a subscriber that is away, and drops the others
+max_queued_messages 0
+"""
+_LASTING = """\
 persistence true
 persistence_location {folder}/
 # writes down at once what it acknowledges; its defaults forget half an hour when it is killed
 autosave_on_changes true
 autosave_interval 1
-# its default keeps 1,000 messages for a subscriber that is away, and drops the others
-max_queued_messages 0
 """
 
 
 class Mosquitto:
     """Runs while the ``with`` block lasts, on a free port of 127.0.0.1, and keeps what it acknowledged in ``folder``.
 
+    Args:
+        lasting: False: in memory alone, as fast as it is.
+
     Raises:
         BrokerError: Mosquitto is not installed, or does not start.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, lasting: bool = True) -> None:
         # Debian keeps it where only root looks
         program = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
         if not program:
@@ -42,7 +47,7 @@ class Mosquitto:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
-        settings = _SETTINGS.format(port=self.port, folder=folder)
+        settings = (_SETTINGS + (_LASTING if lasting else "")).format(port=self.port, folder=folder)
         if os.getuid() == 0:  # it would become another user, who may not write to the folder
             settings += "user root\n"
         (folder / "mosquitto.conf").write_text(settings)
