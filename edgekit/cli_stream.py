@@ -207,7 +207,7 @@ def listen(broker: Any, count: int | None, timeout: float | None, as_json: bool,
         if not as_json and sys.stdout.isatty():
             from edgekit.terminal import live_table
 
-            shown = live_table(subscriber.accounting)
+            shown = live_table(subscriber.accounting, subscriber.events)
         seen = 0
         try:
             with shown as show:
@@ -227,6 +227,10 @@ def _echo_json(message: Message) -> None:
         shown["missing"] = message.missing[0], message.missing[-1]
     if message.duplicate:
         shown["duplicate"] = True
+    if message.held_s is not None:
+        shown["held_s"] = message.held_s
+    if message.left_open:
+        shown["left_open"] = [event.event_id for event in message.left_open]
     click.echo(json.dumps(shown, ensure_ascii=False))
 
 

@@ -20,6 +20,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from edgekit.accounting import Accounting
 from edgekit.broker import BrokerAddress, parse_broker
 from edgekit.errors import BrokerError, EdgekitError
+from edgekit.events import Events
 from edgekit.messages import PREFIX, check_name, check_prefix
 from edgekit.mqtt import Connection, unique_client_id
 from edgekit.mqtt_client import ANSWER_TIMEOUT_S, Client
@@ -54,6 +55,7 @@ class Subscriber:
 
     Attributes:
         accounting: what came and what did not.
+        events: which labels are held, as far as is known, where ``kinds`` has ``event``.
 
     Raises:
         BrokerError: the broker cannot be reached at the start, or refuses the subscription.
@@ -86,7 +88,7 @@ class Subscriber:
             share + self._prefix + "/".join((of_device, kind) if kind in OF_DEVICE else (of_device, of_stream, kind))
             for kind in kinds
         ]
-        self.accounting = Accounting(partial=group is not None)
+        self.accounting, self.events = Accounting(partial=group is not None), Events(partial=group is not None)
         self._group, self._patience_s, self._keeps_session = group, patience_s, session_expiry_s > 0
         self._messages: deque[tuple[MQTTMessage, Client]] = deque()
         self._handed_out: tuple[MQTTMessage, Client] | None = None
@@ -258,7 +260,7 @@ class Subscriber:
                 self._handed_out = self._messages.popleft()
             received = self._handed_out[0]
             try:
-                return decode(received, self._prefix, self.accounting)
+                return decode(received, self._prefix, self.accounting, self.events)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 logger.warning("message on %s skipped, it is not one of EdgeKit's: %s", received.topic, error)
                 self.ack()

@@ -20,6 +20,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from edgekit.accounting import Accounting
+    from edgekit.events import Events
     from edgekit.received import Message
 
 logger = logging.getLogger(__name__)
@@ -188,16 +189,20 @@ class _Row:
 
 
 @contextmanager
-def live_table(accounting: Accounting) -> Iterator[Callable[[Message], None]]:
-    """Gives a callback for each message, and keeps a table of all streams on the terminal, as high as that."""
+def live_table(accounting: Accounting, events: Events) -> Iterator[Callable[[Message], None]]:
+    """Gives a callback for each message, and keeps a table of all streams on the terminal, as high as that; with what
+    they hold, once one of them held something."""
     from edgekit.messages import OFFLINE
     from edgekit.received import printable
 
     rows: dict[tuple[str, str], _Row] = {}
     offline: set[str] = set()
+    held_any = False
 
     def show(message: Message) -> None:
+        nonlocal held_any
         now_s = time.monotonic()
+        held_any |= message.kind == "event"
         if message.kind == "status":
             (offline.add if message.payload == OFFLINE else offline.discard)(message.device)
         elif message.kind == "prediction":
@@ -208,17 +213,19 @@ def live_table(accounting: Accounting) -> Iterator[Callable[[Message], None]]:
         shown = all_rows[: max(1, console.height - 3)]
         more = len(all_rows) - len(shown)
         made = Table(box=None, caption=f"and {more:,} more" if more else None, caption_justify="left")
-        for heading in ("device", "stream", "label"):
+        for heading in ("device", "stream", "label", *(["held"] if held_any else [])):
             made.add_column(heading, overflow="ellipsis", no_wrap=True)
         for heading in ("score", "when (UTC)", "rate", "received", "missing", "duplicates"):
             made.add_column(heading, justify="right", no_wrap=True)
         for (device, stream), row in shown:
             came, newest = accounting.of(device, stream), row.newest
             replayed = newest.prediction and newest.prediction.replayed
+            held = sorted(events.of(device, stream), key=lambda event: -event.score)
             made.add_row(
                 device + (" (offline)" if device in offline else ""),
                 stream,
                 "-" if newest.label is None else printable(newest.label),
+                *([printable(", ".join(event.label for event in held)) or "-"] if held_any else []),
                 "" if newest.score is None else f"{newest.score:.2f}",
                 ("replayed " if replayed else "") + str(newest.captured_at)[11:19],
                 f"{row.rate(now_s):.1f}/s",

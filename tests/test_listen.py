@@ -15,6 +15,11 @@ import pytest
 pytestmark = pytest.mark.no_runtime
 
 TOPIC = "edgekit/pi/door/prediction"
+EVENT = {
+    "schema": "edgekit.event/1", "event_id": "a-1", "event": "begin", "boot_id": "b", "device": "pi", "stream": "door",
+    "at": "2026-11-22T03:04:05.678Z", "class_id": 3, "label": "macaw", "score": 0.91, "replayed": False,
+}  # fmt: skip
+END = {**EVENT, "event": "end", "at": "2026-11-22T03:04:07.178Z", "score": 0.38, "replayed": True}
 
 
 @pytest.fixture
@@ -54,11 +59,43 @@ def test_lines_are_for_people(listen: Any, broker: Any, predictions: Any) -> Non
     assert listening.returncode == 0
 
 
+def test_lines_tell_events(listen: Any, broker: Any, predictions: Any) -> None:
+    listening = listen("--count", "1")
+    left = {**EVENT, "event_id": "a-2"}
+    no_time = {**EVENT, "event_id": "a-3", "event": "end", "at": "2026-99-99T99:99:99.999Z"}
+    broker.publish("edgekit/pi/door/event", EVENT, END, END, left, {**no_time, "event": "begin", "class_id": 4})
+    broker.publish("edgekit/pi/door/event", {**no_time, "class_id": 4})
+    broker.publish(TOPIC, *predictions(1, boot_id="c"))
+    output, log = listening.communicate(timeout=30)
+    began, ended = "2026-11-22T03:04:05.678Z  pi/door  ", "2026-11-22T03:04:07.178Z  pi/door  "
+    assert output.splitlines() == [
+        f"{began}begin  macaw 0.91",
+        f"{ended}end  macaw 0.38 after 1.5 s  [replayed]",
+        f"{ended}end  macaw 0.38  [replayed]  [duplicate]",
+        f"{began}begin  macaw 0.91",
+        "2026-99-99T99:99:99.999Z  pi/door  begin  macaw 0.91",
+        "2026-99-99T99:99:99.999Z  pi/door  end  macaw 0.91",
+        f"{began}#1  macaw 0.91  [left open: macaw since 2026-11-22T03:04:05.678Z]",
+    ]
+    assert listening.returncode == 0 and "1 prediction of 1 stream" in log
+
+
+def test_json_tells_events(listen: Any, broker: Any, predictions: Any) -> None:
+    listening = listen("--count", "1", "--json")
+    broker.publish("edgekit/pi/door/event", EVENT, END, END, {**EVENT, "event_id": "a-2"})
+    broker.publish(TOPIC, *predictions(1, boot_id="c"))
+    lines = [json.loads(line) for line in listening.communicate(timeout=30)[0].splitlines()]
+    assert lines[0] == {"topic": "edgekit/pi/door/event", "payload": EVENT}
+    odd = [{name: value for name, value in line.items() if name not in ("topic", "payload")} for line in lines]
+    assert odd == [{}, {"held_s": 1.5}, {"duplicate": True}, {}, {"left_open": ["a-2"]}]
+
+
 def test_line_steers_no_terminal(listen: Any, broker: Any, predictions: Any) -> None:
     listening = listen("--count", "1")
+    broker.publish("edgekit/pi/door/event", {**EVENT, "label": "\x1b[2J"})
     broker.publish(TOPIC, *predictions(1, predictions=[{"class_id": 0, "label": "\x1b[2J\x9b2J\n", "score": 1}]))
     output, _ = listening.communicate(timeout=30)
-    assert output.endswith("#1  \ufffd[2J\ufffd2J\ufffd 1.00\n")
+    assert "\x1b" not in output and output.endswith("#1  \ufffd[2J\ufffd2J\ufffd 1.00\n")
 
 
 def test_json_has_topic_and_payload_and_what_is_odd(listen: Any, broker: Any, predictions: Any) -> None:
@@ -100,29 +137,56 @@ def test_session_keeps_what_comes_while_no_one_listens(listen: Any, broker: Any,
     assert numbers == ["4", "5"]
 
 
-def test_table_on_a_terminal(listen: Any, broker: Any, predictions: Any) -> None:
+@pytest.fixture
+def table(listen: Any) -> Iterator[Callable[..., Callable[[], list[str]]]]:
+    """Starts ``edgekit listen`` on a terminal; the result waits for its end and gives the lines of the last table."""
     ours, its = pty.openpty()
-    environment = {**os.environ, "COLUMNS": "120", "LINES": "5", "TERM": "xterm"}
-    listening = listen("--count", "7", stdout=its, env=environment)
-    os.close(its)
+
+    def start(count: int) -> Callable[[], list[str]]:
+        environment = {**os.environ, "COLUMNS": "120", "LINES": "5", "TERM": "xterm"}
+        listening = listen("--count", str(count), stdout=its, env=environment)
+        os.close(its)
+
+        def lines() -> list[str]:
+            shown = b""
+            try:
+                while part := os.read(ours, 65536):
+                    shown += part
+            except OSError:  # it has ended
+                pass
+            assert listening.wait(20) == 0
+            return re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", shown).decode().split("device")[-1].splitlines()
+
+        return lines
+
+    yield start
+    os.close(ours)
+
+
+def test_table_on_a_terminal(table: Any, broker: Any, predictions: Any) -> None:
+    lines = table(7)
     broker.publish("edgekit/pi/status", "offline")
     broker.publish("edgekit/a/door/prediction", *predictions(1, device="a"))
     broker.publish("edgekit/z/door/prediction", *predictions(1, device="z"))
     broker.publish(TOPIC, *predictions(1, 4, 4), *predictions(4, 5, replayed=True))
-    shown = b""
-    try:
-        while part := os.read(ours, 65536):
-            shown += part
-    except OSError:  # it has ended
-        pass
-    os.close(ours)
-    last = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", shown).decode().split("device")[-1].splitlines()
+    last = lines()
     assert last[0].split() == ["stream", "label", "score", "when", "(UTC)", "rate", "received", "missing", "duplicates"]
     assert last[1].split()[:5] == ["a", "door", "macaw", "0.91", "03:04:05"]
     assert last[2].split()[:7] == ["pi", "(offline)", "door", "macaw", "0.91", "replayed", "03:04:05"]
     assert last[2].split()[8:] == ["3", "2", "2"]
     assert "and 1 more" in last[3]
-    assert listening.wait(20) == 0
+
+
+def test_table_has_what_is_held_once_something_was(table: Any, broker: Any, predictions: Any) -> None:
+    lines = table(2)
+    other = {**EVENT, "event_id": "a-2", "class_id": 4, "label": "parrot", "score": 0.95}
+    broker.publish("edgekit/pi/door/event", EVENT, other)
+    broker.publish("edgekit/a/door/prediction", *predictions(1, device="a"))
+    broker.publish(TOPIC, *predictions(1))
+    last = lines()
+    assert last[0].split()[:4] == ["stream", "label", "held", "score"]
+    assert last[1].split()[:4] == ["a", "door", "macaw", "-"]
+    assert last[2].split()[:5] == ["pi", "door", "macaw", "parrot,", "macaw"]
 
 
 def test_nothing_that_comes_is_an_error(edgekit_fails: Any, broker: Any) -> None:

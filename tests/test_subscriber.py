@@ -42,7 +42,7 @@ OTHERS = {
         "in_flight": 0, "fps": 4.5, "latency_ms": {"p50": 1.0, "p95": 2.0, "p99": 3.0},
         "spool": {"messages": 0, "bytes": 0, "oldest_s": None, "shed": {}},
         "delegate": {"requested": "auto", "active": "cpu", "operators_delegated": None, "operators": None},
-        "cpu_temp_c": None, "rss_bytes": 1, "uptime_s": 2.0,
+        "streams": {}, "cpu_temp_c": None, "rss_bytes": 1, "uptime_s": 2.0,
     },
 }  # fmt: skip
 TOPIC = "edgekit/pi/door/prediction"
@@ -99,6 +99,27 @@ def test_duplicate_is_told(broker: Any, predictions: Any) -> None:
         broker.publish(TOPIC, *predictions(1, 2), *predictions(1, replayed=True))
         assert [subscriber.next(10).duplicate for _ in range(3)] == [False, False, True]
         assert "1 duplicate (all replayed)" in str(subscriber.accounting)
+
+
+def test_events_are_paired_and_change_nothing_of_the_accounting(broker: Any, predictions: Any) -> None:
+    """A device that is killed while it holds a label, and sends once more what was under way."""
+
+    def event(event: str, event_id: str = "a-1", **changes: Any) -> dict[str, Any]:
+        return {**OTHERS["event"], "event_id": event_id, "event": event, **changes}
+
+    begin, end = event("begin"), event("end", at="2026-11-22T03:04:07.178Z", score=0.25)
+    left = event("begin", "a-2", at="2026-11-22T03:05:00.000Z")
+    with Subscriber(broker.url, kinds=("prediction", "event")) as subscriber:
+        broker.publish(TOPIC, *predictions(1))
+        broker.publish("edgekit/pi/door/event", begin, end, {**end, "replayed": True}, left)
+        broker.publish(TOPIC, *predictions(2, 3), *predictions(1, boot_id="c"))
+        messages = [subscriber.next(10) for _ in range(8)]
+    assert [message.duplicate for message in messages] == [False, False, False, True, False, False, False, False]
+    assert messages[1].held_s is None and messages[2].began == messages[1].event and messages[2].held_s == 1.5
+    assert messages[3].held_s is None
+    assert messages[7].left_open == (messages[4].event,) and not any(message.left_open for message in messages[:7])
+    assert subscriber.events.open == []
+    assert str(subscriber.accounting) == "nothing missing: 4 predictions of 1 stream, 0 duplicates, 0 reordered"
 
 
 def test_prefix_may_have_several_levels(broker: Any, predictions: Any) -> None:
