@@ -69,8 +69,9 @@ def discovery(
 ) -> Config:
     """What Home Assistant is told of a device.
 
-    A sensor for each stream, with the label of its state; a binary sensor for each stream and group of labels, on while
-    the label is one of them; and diagnostics.
+    For each stream: a sensor with the label of its state, an event entity for labels that begin and end, and a binary
+    sensor for each group of labels, on while the label is one of them. And diagnostics, of each stream where there are
+    several.
 
     Args:
         labels: all that a stream may name, by stream.
@@ -81,6 +82,7 @@ def discovery(
     for stream in info.streams:
         state_topic = topic(device, stream, "state", prefix=prefix)
         components[f"{stream}.label"] = _label_sensor(stream, state_topic, labels[stream])
+        components[f"{stream}.event"] = _event(stream, topic(device, stream, "event", prefix=prefix))
         for group, members in groups.items():
             named = [label for label in members if label in labels[stream]]
             if named:
@@ -92,9 +94,8 @@ def discovery(
                     "value_template": "{{ 'ON' if value_json.label in "
                     f"{json.dumps(named, ensure_ascii=False)} else 'OFF' }}}}",
                 }
-    for name, diagnostic in _DIAGNOSTICS.items():
-        components[name] = {
-            "platform": "sensor",
+    for key, diagnostic in _diagnostics(list(info.streams)).items():
+        components[key] = {
             "entity_category": "diagnostic",
             "state_topic": topic(device, "health", prefix=prefix),
             "expire_after": EXPIRE_AFTER_S,
@@ -137,34 +138,79 @@ def _label_sensor(stream: str, state_topic: str, labels: Sequence[str]) -> Confi
     return sensor
 
 
-_DIAGNOSTICS: dict[str, Config] = {
-    "fps": {
-        "name": "Frames per second",
+def _event(stream: str, event_topic: str) -> Config:
+    """https://www.home-assistant.io/integrations/event.mqtt/"""
+    return {
+        "platform": "event",
+        "name": stream,
+        "icon": "mdi:eye-outline",
+        "state_topic": event_topic,
+        "event_types": ["begin", "end"],
+        # nothing of what is sent afterwards: it is no news then, and Home Assistant takes every event as of now
+        "value_template": "{{ '' if value_json.replayed else {'event_type': value_json.event, "
+        "'label': value_json.label, 'score': value_json.score, 'event_id': value_json.event_id, "
+        "'at': value_json.at} | tojson }}",
+    }
+
+
+def _diagnostics(streams: Sequence[str]) -> Config:
+    """Those of the device, and of each stream; the rate and the delegate of the only stream are the device's."""
+    components = {"cpu_temp_c": _CPU_TEMPERATURE, "spool": _SPOOL}
+    if len(streams) == 1:
+        components |= {
+            "fps": _fps("Frames per second", "value_json"),
+            "delegate": _delegate("Delegate", "value_json"),
+        }
+    for stream in streams:
+        value = f"value_json.streams['{stream}']"
+        if len(streams) > 1:
+            components[f"{stream}.fps"] = _fps(f"{stream} frames per second", value)
+            components[f"{stream}.delegate"] = _delegate(f"{stream} delegate", value)
+        components[f"{stream}.lost"] = {
+            "platform": "binary_sensor",
+            "name": f"{stream} source",
+            "device_class": "problem",
+            "value_template": f"{{{{ 'ON' if {value}.lost else 'OFF' }}}}",
+        }
+    return components
+
+
+def _fps(name: str, value: str) -> Config:
+    return {
+        "platform": "sensor",
+        "name": name,
         "icon": "mdi:speedometer",
-        "value_template": "{{ value_json.fps }}",
+        "value_template": f"{{{{ {value}.fps }}}}",
         "unit_of_measurement": "fps",
         "state_class": "measurement",
         "suggested_display_precision": 1,
-    },
-    "cpu_temp_c": {
-        "name": "CPU temperature",
-        "device_class": "temperature",
-        "value_template": "{{ value_json.cpu_temp_c }}",
-        "unit_of_measurement": "°C",
-        "state_class": "measurement",
-        "suggested_display_precision": 1,
-    },
-    "delegate": {
-        "name": "Delegate",
+    }
+
+
+def _delegate(name: str, value: str) -> Config:
+    return {
+        "platform": "sensor",
+        "name": name,
         "icon": "mdi:chip",
-        "value_template": "{{ value_json.delegate.active }}",
-    },
-    "spool": {
-        "name": "Messages waiting",
-        "icon": "mdi:tray-full",
-        "value_template": "{{ value_json.spool.messages }}",
-        "state_class": "measurement",
-    },
+        "value_template": f"{{{{ {value}.delegate.active }}}}",
+    }
+
+
+_CPU_TEMPERATURE: Config = {
+    "platform": "sensor",
+    "name": "CPU temperature",
+    "device_class": "temperature",
+    "value_template": "{{ value_json.cpu_temp_c }}",
+    "unit_of_measurement": "°C",
+    "state_class": "measurement",
+    "suggested_display_precision": 1,
+}
+_SPOOL: Config = {
+    "platform": "sensor",
+    "name": "Messages waiting",
+    "icon": "mdi:tray-full",
+    "value_template": "{{ value_json.spool.messages }}",
+    "state_class": "measurement",
 }
 
 
@@ -204,13 +250,15 @@ def removal(previous: bytes, now: Config) -> Config | None:
 
 
 class Discovery:
-    """When to announce a device: on each connection, unless the broker has kept it, and when Home Assistant starts.
+    """When to announce a device: on each connection, unless the broker has kept it, when Home Assistant starts, and
+    when the device changes.
 
     The caller subscribes to :attr:`filters`, tells what happens, and publishes, retained, what :meth:`turn` gives.
     """
 
     def __init__(self, device: str, config: Config, *, discovery_prefix: str = DISCOVERY_PREFIX) -> None:
         self._config, self._payload = config, encode(config)
+        self._wanted = config
         self._config_topic = f"{discovery_prefix}/device/{device}/config"
         self._birth_topic = f"{discovery_prefix}/status"
         self.filters = (self._birth_topic, self._config_topic)
@@ -218,6 +266,10 @@ class Discovery:
         self.due_s = math.inf
         self._looking = False  # for what the broker has kept
         self._removal: bytes | None = None
+
+    def change(self, config: Config) -> None:
+        """Announces another one from the next turn on; may be called from any thread."""
+        self._wanted = config
 
     def on_connect(self, now_s: float) -> None:
         self._looking, self._removal, self.due_s = True, None, now_s + RETAINED_S
@@ -235,9 +287,18 @@ class Discovery:
 
     def turn(self, now_s: float) -> list[tuple[str, bytes]]:
         """Topics and payloads to publish now."""
+        if (wanted := self._wanted) is not self._config:
+            self._become(wanted, now_s)
         if now_s < self.due_s:
             return []
         self._looking, self.due_s, payload = False, math.inf, self._payload
         if self._removal:
             payload, self._removal, self.due_s = self._removal, None, now_s + REMOVAL_S
         return [(self._config_topic, payload)]
+
+    def _become(self, config: Config, now_s: float) -> None:
+        before, after = self._removal or self._payload, encode(config)
+        self._config, self._payload = config, after
+        if before != after and not self._looking:  # else what the broker has kept tells what there was
+            stale = removal(before, config)
+            self._removal, self.due_s = encode(stale) if stale else None, now_s

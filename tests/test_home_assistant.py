@@ -52,10 +52,12 @@ def info(*streams: str) -> InfoMessage:
 
 
 CONFIG = discovery(info("door", "yard"), LABELS, GROUPS)
+ONE_STREAM = discovery(info("door"), LABELS, {})
 
 
-def test_discovery_is_within_the_documented_schema() -> None:
-    jsonschema.validate(json.loads(encode(CONFIG)), SCHEMA)
+@pytest.mark.parametrize("config", [CONFIG, ONE_STREAM])
+def test_discovery_is_within_the_documented_schema(config: Any) -> None:
+    jsonschema.validate(json.loads(encode(config)), SCHEMA)
 
 
 @pytest.mark.parametrize(
@@ -65,13 +67,15 @@ def test_discovery_is_within_the_documented_schema() -> None:
         (("device", "color"), "red"),
         (("origin",), {}),
         (("components",), {}),
-        (("components", "fps", "unique_id"), None),
-        (("components", "fps", "stat_cls"), "measurement"),
-        (("components", "fps", "state_topic"), "edgekit/+/health"),
+        (("components", "door.fps", "unique_id"), None),
+        (("components", "door.fps", "stat_cls"), "measurement"),
+        (("components", "door.fps", "state_topic"), "edgekit/+/health"),
         (("components", "door.label", "options"), []),
         (("components", "door.label", "device_class"), "temperature"),
         (("components", "cpu_temp_c", "unit_of_measurement"), "C"),
         (("components", "door.group.pets", "options"), ["ON"]),
+        (("components", "door.event", "event_types"), []),
+        (("components", "door.event", "expire_after"), 35),
     ],
 )
 def test_schema_refuses_what_home_assistant_would_not_take(where: tuple[str, ...], value: Any) -> None:
@@ -84,25 +88,31 @@ def test_schema_refuses_what_home_assistant_would_not_take(where: tuple[str, ...
         jsonschema.validate(config, SCHEMA)
 
 
-def test_discovery_has_an_entity_for_each_stream_and_group_and_what_tells_the_devices_health() -> None:
+def test_discovery_has_an_entity_for_each_stream_and_group_and_what_tells_their_health() -> None:
     components = CONFIG["components"]
     assert set(components) == {
-        "door.label", "door.group.pets", "door.group.hard",
-        "yard.label", "yard.group.pets", "yard.group.cars",
-        "fps", "cpu_temp_c", "delegate", "spool",
+        "door.label", "door.event", "door.group.pets", "door.group.hard", "door.fps", "door.delegate", "door.lost",
+        "yard.label", "yard.event", "yard.group.pets", "yard.group.cars", "yard.fps", "yard.delegate", "yard.lost",
+        "cpu_temp_c", "spool",
     }  # fmt: skip
     assert components["yard.label"]["options"] == ["cat", "car"]
     assert components["yard.label"]["state_topic"] == "edgekit/pi-4/yard/state"
+    assert components["yard.event"]["state_topic"] == "edgekit/pi-4/yard/event"
     assert components["spool"]["state_topic"] == "edgekit/pi-4/health" and components["spool"]["expire_after"] == 35
     assert CONFIG["availability_topic"] == "edgekit/pi-4/status"
     unique_ids = [component["unique_id"] for component in components.values()]
     assert len(set(unique_ids)) == len(unique_ids)
 
 
+def test_discovery_of_one_stream_tells_the_health_of_the_device() -> None:
+    components = ONE_STREAM["components"]
+    assert set(components) == {"door.label", "door.event", "door.lost", "fps", "cpu_temp_c", "delegate", "spool"}
+
+
 def test_discovery_of_names_that_look_alike_has_different_ids() -> None:
     groups = {"b_c": ["x"], "c": ["x"], "label": ["x"]}
     components = discovery(info("a", "a_b"), {"a": ["x"], "a_b": ["x"]}, groups)["components"]
-    assert len(components) == 2 + 6 + 4
+    assert len({component["unique_id"] for component in components.values()}) == 2 * 5 + 2 * 3 + 2
 
 
 def test_discovery_with_another_prefix() -> None:
@@ -133,6 +143,36 @@ def test_templates_tell_every_label(label: str | None) -> None:
     assert attributes == {"score": state["score"], "captured_at": state["captured_at"]}
 
 
+def health(**streams: tuple[float, str, bool]) -> dict[str, Any]:
+    """Frames a second, active delegate and whether the source is lost, of each stream; the device's are the sum and
+    the first one's."""
+    told = {
+        stream: {"fps": fps, "delegate": {"active": active}, "lost": lost}
+        for stream, (fps, active, lost) in streams.items()
+    }
+    first = next(iter(told.values()))
+    return {**first, "fps": sum(one["fps"] for one in told.values()), "streams": told}
+
+
+def test_templates_tell_the_health_of_each_stream() -> None:
+    payload = health(door=(29.5, "gpu", True), yard=(1.0, "cpu", False))
+    for stream, expected in (("door", ["29.5", "gpu", "ON"]), ("yard", ["1.0", "cpu", "OFF"])):
+        parts = [CONFIG["components"][f"{stream}.{name}"] for name in ("fps", "delegate", "lost")]
+        assert [rendered(part, payload) for part in parts] == expected
+    only = health(door=(29.5, "gpu", False))
+    parts = [ONE_STREAM["components"][name] for name in ("fps", "delegate", "door.lost")]
+    assert [rendered(part, only) for part in parts] == ["29.5", "gpu", "OFF"]
+
+
+@pytest.mark.parametrize("label", LABELS["door"])
+def test_templates_tell_every_event_but_not_those_that_are_sent_afterwards(label: str) -> None:
+    event = {"event_id": "a-1", "event": "begin", "label": label, "score": 0.5, "at": "2026-11-22T03:04:05.678Z"}
+    component = CONFIG["components"]["door.event"]
+    told = json.loads(rendered(component, {**event, "replayed": False}))
+    assert {"event": told.pop("event_type"), **told} == event and event["event"] in component["event_types"]
+    assert rendered(component, {**event, "replayed": True}) == ""
+
+
 def test_label_groups_are_read_from_the_command_line() -> None:
     given = ["pets=cat,dog", "fish=tench, Tinca tinca", "pets=parrot"]
     labels = ["cat", "dog", "parrot", "tench, Tinca tinca"]
@@ -153,7 +193,10 @@ def test_removal_takes_back_what_is_no_more() -> None:
     taken_back = removal(encode(CONFIG), now)
     assert taken_back is not None
     jsonschema.validate(json.loads(encode(taken_back)), SCHEMA)
-    stale = {"door.group.hard", "yard.label", "yard.group.pets", "yard.group.cars"}
+    stale = {
+        "door.group.hard", "door.fps", "door.delegate", "yard.label", "yard.event", "yard.group.pets",
+        "yard.group.cars", "yard.fps", "yard.delegate", "yard.lost",
+    }  # fmt: skip
     assert {key for key, component in taken_back["components"].items() if len(component) == 1} == stale
     assert taken_back["components"]["yard.label"] == {"platform": "sensor"}
     assert {key: part for key, part in taken_back["components"].items() if key not in stale} == now["components"]
@@ -161,9 +204,9 @@ def test_removal_takes_back_what_is_no_more() -> None:
 
 def test_removal_of_a_component_that_becomes_another_platforms() -> None:
     before = json.loads(encode(CONFIG))
-    before["components"]["fps"]["platform"] = "number"
+    before["components"]["spool"]["platform"] = "number"
     taken_back = removal(encode(before), CONFIG)
-    assert taken_back and taken_back["components"]["fps"] == {"platform": "number"}
+    assert taken_back and taken_back["components"]["spool"] == {"platform": "number"}
 
 
 @pytest.mark.parametrize(
@@ -229,6 +272,35 @@ def test_announcement_is_made_again_when_home_assistant_starts(monkeypatch: pyte
         assert config == json.loads(encode(CONFIG))
         delays.append(at_s - start_s)
     assert 0 <= min(delays) < 1 < max(delays) <= 3
+
+
+def test_device_that_changes_is_announced_again_without_what_is_no_more() -> None:
+    flow = Discovery("pi-4", CONFIG)
+    flow.on_connect(100)
+    flow.on_message(CONFIG_TOPIC, encode(CONFIG), 100.1)
+    flow.change(json.loads(encode(CONFIG)))
+    assert flow.turn(200) == [], "it is as it was"
+    flow.change(ONE_STREAM)
+    ((_, removing),) = flow.turn(300)
+    assert json.loads(removing)["components"]["yard.label"] == {"platform": "sensor"}
+    ((at_s, _, config),) = turns(flow, 300, 400)
+    assert at_s >= 301 and config == json.loads(encode(ONE_STREAM))
+    with_groups = discovery(info("door"), LABELS, GROUPS)
+    flow.change(with_groups)
+    assert [json.loads(payload) for _, payload in flow.turn(400)] == [json.loads(encode(with_groups))]
+    assert turns(flow, 400, 500) == []
+
+
+def test_device_that_changes_before_it_is_announced_takes_back_what_the_broker_has_kept() -> None:
+    before, after = discovery(info("door"), LABELS, GROUPS), discovery(info("yard"), LABELS, {})
+    flow = Discovery("pi-4", CONFIG)
+    flow.on_connect(100)
+    flow.change(after)
+    assert flow.turn(100.1) == []
+    flow.on_message(CONFIG_TOPIC, encode(before), 100.2)
+    (_, _, removing), (_, _, config) = turns(flow, 100.2, 200)
+    assert removing["components"]["door.group.hard"] == {"platform": "binary_sensor"}
+    assert config == json.loads(encode(after))
 
 
 @pytest.mark.parametrize("payload", [b"\xff", b"{", b"[" * 10_000, b'{"origin":{"name":"Zigbee"}}', b""])
