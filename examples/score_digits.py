@@ -13,6 +13,8 @@ truth = Path(sys.argv[1]).read_text().split()
 right = 0
 for line in sys.stdin:
     message = json.loads(line)
+    if message["topic"].endswith("/event"):
+        continue
     if not message["topic"].endswith("/prediction"):
         print(f"{message['topic']}: {message['payload']}")
         continue

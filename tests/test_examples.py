@@ -26,7 +26,11 @@ HEALTH = {
     "fps": 4.5, "latency_ms": {"p50": 1.0, "p95": 2.0, "p99": 3.0},
     "spool": {"messages": 7, "bytes": 900, "oldest_s": 2.5, "shed": {"age": 4}},
     "delegate": {"requested": "auto", "active": "cpu", "operators_delegated": None, "operators": None},
-    "cpu_temp_c": None, "rss_bytes": 1, "uptime_s": 2.0,
+    "streams": {}, "cpu_temp_c": None, "rss_bytes": 1, "uptime_s": 2.0,
+}  # fmt: skip
+EVENT = {
+    "schema": "edgekit.event/1", "event_id": "a-1", "event": "begin", "boot_id": "b", "device": "pi", "stream": "door",
+    "at": "2026-11-22T03:04:05.678Z", "class_id": 3, "label": "macaw", "score": 0.91, "replayed": False,
 }  # fmt: skip
 
 
@@ -71,6 +75,25 @@ def test_into_sqlite_has_each_prediction_once_whoever_is_killed(
     _, log = second.communicate(timeout=20)
     assert rows(database) == [*((seq, "macaw", 0.91) for seq in range(1, 201)), (201, None, None), (202, None, None)]
     assert "nothing missing: " in log and second.returncode == 0
+
+
+def test_into_sqlite_has_a_row_for_each_event(example: Any, broker: Any, tmp_path: Path, until: Any) -> None:
+    database = tmp_path / "predictions.sqlite"
+    writing = example("into_sqlite.py", database)
+    end = {**EVENT, "event": "end", "at": "2026-11-22T03:04:07.178Z"}
+    other, of_the_next_boot = {**EVENT, "event_id": "a-2"}, {**end, "event_id": "c-1", "boot_id": "c"}
+    broker.publish("edgekit/pi/door/event", EVENT, end, {**EVENT, "replayed": True}, other, of_the_next_boot)
+    began_at, ended_at = EVENT["at"], end["at"]
+    expected = [("a-1", "b", began_at, ended_at), ("a-2", "b", began_at, None), ("c-1", "c", None, ended_at)]
+
+    def events() -> list[tuple[Any, ...]]:
+        with sqlite3.connect(database) as connection:
+            return connection.execute("SELECT event_id, boot_id, began_at, ended_at FROM event").fetchall()
+
+    until(lambda: len(events()) == 3)
+    writing.send_signal(signal.SIGTERM)
+    writing.communicate(timeout=20)
+    assert events() == expected and writing.returncode == 0
 
 
 def test_into_influx_writes_line_protocol(example: Any, broker: Any, predictions: Any) -> None:
