@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import jsonschema
 import numpy as np
 import pytest
+
+from edgekit.messages import json_schema
 
 pytestmark = pytest.mark.host
 ROOT = Path(__file__).parents[1]
@@ -149,7 +153,7 @@ def test_commands_of_the_page_run(
         output, _ = listening.communicate(timeout=20)
         assert listening.returncode == 130
         if publishes:
-            assert output.count("pi-4/desk") == 360
+            assert len(re.findall(r"pi-4/desk(?:  #|/prediction)", output)) == 360
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if examples(page)])
@@ -181,6 +185,14 @@ def test_python_of_the_page_runs(page: str, folder: Path, environment: dict[str,
         assert output
         if "digits.tflite" in block and "model.predict" in block:
             assert "label='7'" in output
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "json")])
+def test_json_of_the_page_is_within_its_schema(page: str) -> None:
+    for block in blocks(page, "json"):
+        payload = json.loads(block)
+        schema = json_schema(payload["schema"].removeprefix("edgekit.").removesuffix("/1"))
+        jsonschema.validate(payload, schema)
 
 
 def test_every_page_is_linked_from_the_readme() -> None:
