@@ -21,6 +21,8 @@ from edgekit.messages import PREFIX, check_name, check_prefix
 logger = logging.getLogger(__name__)
 
 DELEGATES = ("auto", "cpu", "coral", "gpu")
+# The beginning of the path of a delegate library, which options may follow.
+_LIBRARY = r"[^,]*(/|\.so(?![^.,]))"
 
 
 class ConfigError(EdgekitError):
@@ -154,7 +156,7 @@ _RULES = {
     "labels": _PATH,
     "delegate": _Rule(
         f"{', '.join(DELEGATES)} or the path of a library (.so)",
-        lambda value: value in DELEGATES or re.search(r".\.so[.\d]*(,|$)", value),
+        lambda value: value in DELEGATES or re.match(_LIBRARY, value),
     ),
     "strict": _SWITCH,
     "threads": _Rule("a whole number from 1 to 256", _within(1, 256)),
@@ -237,7 +239,7 @@ def _begin_at(folder: Path, stream: StreamConfig) -> StreamConfig:
         bundle=_join(folder, stream.bundle),
         source=_join(folder, stream.source, unless=r"(camera|mic)(:|$)|\w+://|$"),
         labels=_join(folder, stream.labels),
-        delegate=_join(folder, stream.delegate, unless=r"(?!.*\.so)"),
+        delegate=_join(folder, stream.delegate, unless=rf"(?!{_LIBRARY})"),
         ops=tuple(_join(folder, path) for path in stream.ops),
     )
 

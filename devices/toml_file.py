@@ -47,7 +47,7 @@ class TomlFile:
             found = re.fullmatch(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", str(error), re.S)
             line = found[2] if found and found[2] else self._text.rstrip().count("\n") + 1
             raise EdgekitError(
-                f"{self.path} line {line}: {found[1] if found else 'no value of TOML'}",
+                f"{self.path} line {line}: {found[1] if found else 'not TOML'}",
                 expected="[table], [[table]] or key = value, with text in quotes",
                 mend="correct this line, or what it goes on from",
             ) from error
@@ -126,12 +126,11 @@ class TomlFile:
 
     def _name(self, key: Key) -> str:
         """As people call it: ``stream door: top_k``."""
-        name, *rest = map(str, key)
+        names = [name for name in key if isinstance(name, str)]
         if len(key) > 1 and isinstance(key[1], int):
             table = _value(self.data, key[:2])
-            name += f" {(isinstance(table, dict) and table.get('name')) or key[1] + 1}"
-            rest = rest[1:]
-        return ": ".join([name, ".".join(rest)] if rest else [name])
+            names[0] += f" {(isinstance(table, dict) and table.get('name')) or key[1] + 1}"
+        return ": ".join(names)
 
 
 def _read(path: Path, what: str) -> str:

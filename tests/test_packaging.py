@@ -31,6 +31,8 @@ def test_wheel_installs_edgekit_and_nothing_beside_it(wheel: Path) -> None:
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"edgekit"}
     for name in ("py.typed", "schemas/prediction.json", "converters/convert.py", "devices/pipeline.py", "cli.py"):
         assert f"edgekit/{name}" in names
+    profiles = {f"edgekit/devices/profiles/{path.name}" for path in (ROOT / "devices" / "profiles").iterdir()}
+    assert profiles and profiles <= set(names)
     assert {"edgekit/ops/libedgekit_ops.so", "edgekit/ops/edgekit_op.h"} <= set(names)
     assert "-py3-none-linux" in wheel.name  # of no particular Python
 
