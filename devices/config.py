@@ -166,7 +166,7 @@ _RULES = {
     "hop_s": _Rule("seconds, 0.001 or more", _within(0.001, _MOST)),
     "loop": _SWITCH,
     "drop": _Rule("oldest, newest or none", lambda value: value in ("oldest", "newest", "none")),
-    "smoothing": _Rule("a whole number from 1 to 1000", _within(1, 1000)),
+    "smoothing": _Rule("a whole number from 1 to 10000", _within(1, 10_000)),
     "hysteresis": _Rule("a score from 0 to 1", _within(0, 1)),
     "ops": _Rule("a list of paths", lambda value: all(map(_PATH.holds, value))),
     "device_id": _NAME,

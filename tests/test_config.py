@@ -75,7 +75,7 @@ def refusal(folder: Path, text: str) -> str:
         (STREAM + "hop_s = inf", 5, "stream door: hop_s: expected seconds, 0.001 or more, got inf"),
         (STREAM + "threads = 0", 5, "stream door: threads: expected a whole number from 1 to 256, got 0"),
         (STREAM + "drop = 'all'", 5, "stream door: drop: expected oldest, newest or none, got 'all'"),
-        (STREAM + "smoothing = 0", 5, "stream door: smoothing: expected a whole number from 1 to 1000, got 0"),
+        (STREAM + "smoothing = 0", 5, "stream door: smoothing: expected a whole number from 1 to 10000, got 0"),
         (STREAM + "hysteresis = 2", 5, "stream door: hysteresis: expected a score from 0 to 1, got 2"),
         (STREAM + "delegate = 'tpu'", 5, r"stream door: delegate: expected auto, .* a library \(.so\), got 'tpu'"),
         (STREAM + "labels = ''", 5, "stream door: labels: expected a path, got ''"),
