@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,42 +102,55 @@ def until_listening() -> Callable[[subprocess.Popen[str]], None]:
     return wait_until_listening
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with colours.keras and what ``edgekit convert`` makes of it: float32.tflite and int8.tflite.
+@contextmanager
+def models_folder(factory: pytest.TempPathFactory, name: str = "") -> Iterator[Path]:
+    """The folder of the test models, or ``name`` in it: that of an earlier run where ``EDGEKIT_TEST_MODELS`` has one.
 
-    Where TensorFlow is not installed, they are those that an earlier run left in ``EDGEKIT_TEST_MODELS``.
+    It is locked, so that of runs side by side one makes what is missing and the others wait.
     """
     given = os.environ.get("EDGEKIT_TEST_MODELS")
-    folder = Path(given) if given else tmp_path_factory.mktemp("models")
-    if (folder / "int8.tflite").exists():
-        return folder
-    pytest.importorskip("tensorflow", reason="needs TensorFlow, or models in EDGEKIT_TEST_MODELS")
+    folder = (Path(given) if given else factory.mktemp("models")) / name
     folder.mkdir(parents=True, exist_ok=True)
-    script = Path(__file__).with_name("make_colours.py")
-    subprocess.run([sys.executable, script, folder / "colours.keras"], check=True, capture_output=True)
-    (folder / "labels.txt").write_text("".join(f"{label}\n" for label in COLOURS))
-    x = np.stack([colour_image(label, (32, 32), seed) for seed in range(40) for label in COLOURS])
-    np.savez(folder / "data.npz", x=x, y=np.tile(np.arange(3), 40))
-    for recipe in ("float32", "int8"):
-        result = run_edgekit(
-            "convert", "colours.keras", "-o", f"{recipe}.tflite", "--quantize", recipe, "--labels", "labels.txt",
-            "--calibration", "data.npz", "--validation", "data.npz", "--mean", "127.5", "--std", "127.5",
-            cwd=folder,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-    return folder
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        os.close(descriptor)
+
+
+def needs_tensorflow() -> None:
+    pytest.importorskip("tensorflow", reason="needs TensorFlow, or models in EDGEKIT_TEST_MODELS")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with colours.keras and what ``edgekit convert`` makes of it: float32.tflite and int8.tflite."""
+    with models_folder(tmp_path_factory) as folder:
+        if not (folder / "int8.tflite").exists():
+            needs_tensorflow()
+            script = Path(__file__).with_name("make_colours.py")
+            subprocess.run([sys.executable, script, folder / "colours.keras"], check=True, capture_output=True)
+            (folder / "labels.txt").write_text("".join(f"{label}\n" for label in COLOURS))
+            x = np.stack([colour_image(label, (32, 32), seed) for seed in range(40) for label in COLOURS])
+            np.savez(folder / "data.npz", x=x, y=np.tile(np.arange(3), 40))
+            for recipe in ("float32", "int8"):
+                result = run_edgekit(
+                    "convert", "colours.keras", "-o", f"{recipe}.tflite", "--quantize", recipe, "--mean", "127.5",
+                    "--std", "127.5", "--labels", "labels.txt", "--calibration", "data.npz", "--validation", "data.npz",
+                    cwd=folder,
+                )  # fmt: skip
+                assert result.returncode == 0, result.stderr
+        return folder
 
 
 def _written(factory: pytest.TempPathFactory, script: str, last: str) -> Path:
-    """The folder with what a script beside this file writes, ``last`` at the end. As ``models`` without TensorFlow."""
-    given = os.environ.get("EDGEKIT_TEST_MODELS")
-    folder = Path(given) if given else factory.mktemp("models")
-    if not (folder / last).exists():
-        pytest.importorskip("tensorflow", reason="needs TensorFlow, or models in EDGEKIT_TEST_MODELS")
-        folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, Path(__file__).with_name(script), folder], check=True, capture_output=True)
-    return folder
+    """The folder with what a script beside this file writes, ``last`` at the end."""
+    with models_folder(factory) as folder:
+        if not (folder / last).exists():
+            needs_tensorflow()
+            subprocess.run([sys.executable, Path(__file__).with_name(script), folder], check=True, capture_output=True)
+        return folder
 
 
 @pytest.fixture(scope="session")
@@ -154,12 +170,11 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A MobileNetV3-Small trained on handwritten digits, with its data: see examples/train_digits.py."""
     pytest.importorskip("tensorflow")
     pytest.importorskip("sklearn")
-    given = os.environ.get("EDGEKIT_TEST_MODELS")
-    folder = (Path(given) if given else tmp_path_factory.mktemp("models")) / "digits"
-    if not (folder / "held-out.avi").exists():
-        script = Path(__file__).parents[1] / "examples" / "train_digits.py"
-        subprocess.run([sys.executable, script, folder, "--epochs", "12"], check=True, capture_output=True)
-    return folder
+    with models_folder(tmp_path_factory, "digits") as folder:
+        if not (folder / "held-out.avi").exists():
+            script = Path(__file__).parents[1] / "examples" / "train_digits.py"
+            subprocess.run([sys.executable, script, folder, "--epochs", "12"], check=True, capture_output=True)
+        return folder
 
 
 @pytest.fixture(scope="session")
@@ -215,10 +230,13 @@ def until() -> Callable[[Callable[[], Any]], None]:
 
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
+    """Finds ports, other ones in each run that goes on beside: Linux gives those from 32,768 on to connections."""
+
     def find() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
+        while True:
+            with socket.socket() as probe, suppress(OSError):
+                probe.bind(("127.0.0.1", port := random.randrange(10_000, 32_768)))
+                return port
 
     return find
 
@@ -230,7 +248,7 @@ class Mosquitto:
         self.port, self.url = port, f"mqtt://127.0.0.1:{port}"
         self._config = folder / f"mosquitto-{port}.conf"
         self._config.write_text("\n".join([f"listener {port} 127.0.0.1", *(settings or ["allow_anonymous true"]), ""]))
-        self._subscribers: list[subprocess.Popen[str]] = []
+        self._subscribers: list[subprocess.Popen[bytes]] = []
         self.start()
 
     def start(self) -> None:
@@ -270,36 +288,31 @@ class Mosquitto:
         )
 
     def subscribe(self, topic: str, *options: str) -> Callable[[], list[tuple[str, Any]]]:
-        """Starts a ``mosquitto_sub``; the result waits for it to end and returns what it received, JSON decoded."""
-        command = [
-            "mosquitto_sub",
-            "-h",
-            "127.0.0.1",
-            "-p",
-            str(self.port),
-            "-q",
-            "1",
-            "-t",
-            topic,
-            "-F",
-            "%t\t%p",
-            *options,
-        ]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        """Starts a ``mosquitto_sub`` and waits until its subscription stands.
+
+        The result waits for it to end and returns what it received, JSON decoded.
+        """
+        output = self._config.with_name(f"received-{len(self._subscribers)}")
+        command = ["stdbuf", "-oL", "mosquitto_sub", "-h", "127.0.0.1", "-p", str(self.port), "-q", "1", "-t", topic]
+        with output.open("w") as file:
+            process = subprocess.Popen([*command, "-d", "-F", "received\t%t\t%p", *options], stdout=file)
         self._subscribers.append(process)
-        time.sleep(0.3)
+        deadline = time.monotonic() + 20
+        while "\nSubscribed " not in output.read_text() and process.poll() is None:
+            assert time.monotonic() < deadline, "mosquitto_sub does not subscribe"
+            time.sleep(0.01)
 
         def received() -> list[tuple[str, Any]]:
-            output, _ = process.communicate(timeout=60)
-            pairs = [line.split("\t", 1) for line in output.splitlines()]
-            return [(to, json.loads(payload) if payload[:1] == "{" else payload) for to, payload in pairs]
+            process.wait(60)
+            lines = (line.split("\t", 2) for line in output.read_text().splitlines() if line.startswith("received\t"))
+            return [(to, json.loads(payload) if payload[:1] == "{" else payload) for _, to, payload in lines]
 
         return received
 
     def close(self) -> None:
         for process in self._subscribers:
             process.kill()
-            process.communicate()
+            process.wait()
         self.resume()
         self.stop()
 
