@@ -115,15 +115,21 @@ def test_commands_of_the_page_run(
 ) -> None:
     """A listener is started before the others, and must have heard something if the page runs a model."""
     # the camera, the microphone and the broker that the pages speak of are not here; files and a broker are
-    here = {"camera:0": "held-out.avi", "--source mic": "--source recording.wav", "mqtt://hub": broker.url}
-    lines = commands(page)
+    here = {
+        "camera:0": "held-out.avi",
+        "--source mic": "--source recording.wav",
+        'source = "mic"': 'source = "recording.wav"',
+        "mqtt://hub": broker.url,
+    }
+    lines, written = commands(page), files(page)
     assert lines, page
     folder = checkout if page == "docs/install.md" else folder
-    for name, content in files(page).items():
-        (folder / name).write_text(content)
     for old, new in here.items():
         lines = [line.replace(old, new) for line in lines]
-    uses_one = "digits.tflite" in lines[0] and not lines[0].startswith("edgekit convert")
+        written = {name: content.replace(old, new) for name, content in written.items()}
+    for name, content in written.items():
+        (folder / name).write_text(content)
+    uses_one = "digits.tflite" in "".join([lines[0], *written.values()]) and not lines[0].startswith("edgekit convert")
     if uses_one and not (folder / "digits.tflite").exists():
         subprocess.run(
             commands("README.md")[0], shell=True, cwd=folder, env=environment, check=True, capture_output=True
