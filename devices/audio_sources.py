@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from edgekit.audio import Resampler, read_audio
-from edgekit.devices.frames import Frame, Source, public_name
+from edgekit.devices.frames import Frame, Source, public_name, retry_waits_s
 from edgekit.devices.microphone import Block, Microphone
 from edgekit.devices.windows import Cutter, SampleClock, Stretch, wall_time_s
 from edgekit.errors import SourceError
@@ -27,8 +28,6 @@ USAGE = "mic, mic:NAME or an audio file (wav, flac, mp3, ogg)"
 MAX_LATE_S = 1.0
 # So much of a stream waits for the model; then sound is lost.
 MAX_BACKLOG_S = 10.0
-# How long to wait before a lost microphone is tried again, at first and at most.
-RETRY_S, MAX_RETRY_S = 0.5, 30.0
 
 
 class AudioFileSource(Source):
@@ -82,7 +81,7 @@ class MicrophoneSource(Source):
     Of windows the newest wins. A stream waits for the model, up to ``MAX_BACKLOG_S``. Where sound is lost, by an
     overflow, by a device that stalls or goes away, or by a model that is too slow for its stream, there is a gap: it is
     told and counted, and what comes after it begins anew. A device that went away is opened again, for as long as it
-    takes.
+    takes; ``patient``: so is one that is not there at the start.
 
     Raises:
         SourceError: there is no such microphone, or it cannot be opened.
@@ -90,7 +89,7 @@ class MicrophoneSource(Source):
 
     live = True
 
-    def __init__(self, spec: str, stop: threading.Event, name: str, input: AudioInput) -> None:
+    def __init__(self, spec: str, stop: threading.Event, name: str, input: AudioInput, patient: bool = False) -> None:
         super().__init__(spec, stop)
         self._asked_for, self._input = name, input
         self._cutter = Cutter(input)
@@ -99,13 +98,15 @@ class MicrophoneSource(Source):
         self._waiting: deque[Frame] = deque()
         self._most = max(int(MAX_BACKLOG_S / hop_s), 2) if input.streaming else 1
         self._ended = threading.Event()
+        self._heard_s: float | None = None  # the end of the last sound, on the monotonic clock
         self._microphone = Microphone(name)
-        try:
-            self._open()
-        except BaseException:
-            self._microphone.close()
-            raise
-        self._thread = threading.Thread(target=self._listen, name=f"source {self.name}", daemon=True)
+        if not patient:
+            try:
+                self._open()
+            except BaseException:
+                self._microphone.close()
+                raise
+        self._thread = threading.Thread(target=self._listen, args=(patient,), name=f"source {self.name}", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[Frame]:
@@ -135,9 +136,12 @@ class MicrophoneSource(Source):
         self._clock = SampleClock(self._microphone.sample_rate_hz)
         self._cutter.restart()
 
-    def _listen(self) -> None:
+    def _listen(self, closed: bool) -> None:
         while not self._ended.is_set():
             try:
+                if closed:
+                    closed = False
+                    self._open()
                 block = self._microphone.read()
             except SourceError as lost:
                 self._reopen(lost)
@@ -146,10 +150,13 @@ class MicrophoneSource(Source):
 
     def _reopen(self, lost: SourceError) -> None:
         """Until it gives sound again, or the source is closed."""
-        heard_s, wait_s = self._clock.time_s(), RETRY_S
+        lost_s = time.monotonic()
         if not self._ended.is_set():
-            logger.warning("%s; opening it again until it does", lost.what)
-        while not self._ended.wait(wait_s):
+            self.lost = True
+            logger.warning("%s; opening it again until it does", lost if self._heard_s is None else lost.what)
+        for wait_s in retry_waits_s():
+            if self._ended.wait(wait_s):
+                return
             self._microphone.close()
             self._microphone = Microphone(self._asked_for)
             if self._ended.is_set():  # close() may have ended the one before
@@ -159,11 +166,15 @@ class MicrophoneSource(Source):
                 block = self._microphone.read()
             except SourceError as error:
                 logger.debug("%s", error)
-                wait_s = min(2 * wait_s, MAX_RETRY_S)
+                continue
+            self.lost = False
+            if self._heard_s is None:
+                logger.info("microphone %s is there, after %.1f s", self._microphone.name, time.monotonic() - lost_s)
             else:
-                self._tell_gap(block.arrived_s - len(block.samples) / self._microphone.sample_rate_hz - heard_s)
-                self._take(block)
-                return
+                begun_s = block.arrived_s - len(block.samples) / self._microphone.sample_rate_hz
+                self._tell_gap(begun_s - self._heard_s)
+            self._take(block)
+            return
 
     def _take(self, block: Block) -> None:
         samples = len(block.samples)
@@ -172,6 +183,7 @@ class MicrophoneSource(Source):
             self._tell_gap(max(late_s, 0.0))
             self._restart()
         self._clock.count(samples, block.arrived_s)
+        self._heard_s = self._clock.time_s()
         sound = self._resampler(block.samples.astype(np.float32) / np.float32(32_768))
         for stretch in self._cutter.push(sound):
             if not self._deliver(_frame(stretch, wall_time_s(self._clock.time_s(0.0)), self._input, None)):
@@ -203,7 +215,7 @@ class MicrophoneSource(Source):
 
 
 def open_audio_source(
-    spec: str, input: AudioInput, *, loop: bool = False, stop: threading.Event | None = None
+    spec: str, input: AudioInput, *, loop: bool = False, stop: threading.Event | None = None, patient: bool = False
 ) -> Source:
     """Opens a source of sound by its name on the command line.
 
@@ -212,6 +224,7 @@ def open_audio_source(
         input: what the model is given.
         loop: start a file again at its end.
         stop: ends the iteration when set.
+        patient: wait for a microphone that cannot be opened yet.
 
     Raises:
         SourceError: there is no such source, or it cannot be opened.
@@ -219,7 +232,7 @@ def open_audio_source(
     stop = stop or threading.Event()
     kind, _, name = spec.partition(":")
     if kind == "mic":
-        return MicrophoneSource(spec, stop, name, input)
+        return MicrophoneSource(spec, stop, name, input, patient)
     path = Path(spec)
     if kind == "camera" or "://" in spec or (spec and path.is_dir()):
         raise SourceError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import threading
 import time
@@ -15,6 +16,9 @@ import numpy.typing as npt
 
 from edgekit.messages import FileInput, printable
 
+# How long to wait before a camera or microphone that was lost is tried again, at first and at most.
+RETRY_S, MAX_RETRY_S = 0.5, 30.0
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -22,7 +26,8 @@ class Frame:
 
     ``image_bgr`` is (height, width, 3), 8-bit, in OpenCV's channel order; ``samples`` are mono at the model's rate,
     (n,): a window, or the next hop of a stream. Where it could not be read both are None, and ``error`` says why.
-    ``captured_s`` is on the monotonic clock.
+    ``captured_s`` is on the monotonic clock, and ``clock_offset_s`` how far the system's clock was ahead of it then: a
+    change of it tells that the clock was set.
 
     Of sound, ``captured_at`` is the end of the window and ``window_start`` its beginning. ``begins``: it does not
     follow the one before. ``complete``: with it a whole window was heard; before that a stream only warms up.
@@ -33,6 +38,7 @@ class Frame:
     error: str = ""
     captured_at: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
     captured_s: float = field(default_factory=time.monotonic)
+    clock_offset_s: float = field(default_factory=lambda: time.time() - time.monotonic())
     samples: npt.NDArray[np.float32] | None = None
     window_start: datetime | None = None
     begins: bool = False
@@ -44,12 +50,15 @@ class Source:
 
     Attributes:
         name: what was asked for, without what may be secret in a URL.
-        captured: how many frames it has read; of sound, how many whole windows.
-        dropped: how many of them it gave to no one, because newer ones had come.
-        gaps: how often sound was lost.
+        captured: how many frames it has had from a camera, or given from files: those that were read ahead, and not
+            asked for, are none. Of sound, how many whole windows.
+        dropped: how many of them it gave to no one, because there was another.
+        gaps: how often sound was lost, or a camera lost and regained.
+        lost: it gives nothing now, and is tried again.
     """
 
     live = False
+    lost = False
 
     def __init__(self, spec: str, stop: threading.Event) -> None:
         self.name, self.stop = public_name(spec), stop
@@ -75,6 +84,17 @@ class Source:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def retry_waits_s() -> Iterator[float]:
+    """How long to wait before each try: up to ``RETRY_S``, then twice as long each time, up to ``MAX_RETRY_S``.
+
+    At random, so that a hundred devices do not come back to one server all at once.
+    """
+    wait_s = RETRY_S
+    while True:
+        yield wait_s * random.uniform(0.5, 1)
+        wait_s = min(2 * wait_s, MAX_RETRY_S)
 
 
 def public_name(spec: str) -> str:

@@ -1,35 +1,103 @@
-"""Where images come from: cameras, network streams, videos, images, folders of images."""
+"""Where images come from: files, read ahead by a thread, and live sources."""
 
 from __future__ import annotations
 
 import logging
 import os
+import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
+import numpy as np
+import numpy.typing as npt
 
 from edgekit.audio import AUDIO_SUFFIXES
+from edgekit.devices.cameras import Hints, camera_opener
 from edgekit.devices.frames import Frame, Source, public_name
+from edgekit.devices.live import LiveSource
 from edgekit.errors import EdgekitError, SourceError
 from edgekit.messages import FileInput, printable
 from edgekit.preprocess import IMAGE_SUFFIXES, read_image_bgr
 
 logger = logging.getLogger(__name__)
 
-USAGE = "camera:N, rtsp://…, http://… (MJPEG), a video, an image or a folder of images"
+USAGE = "camera:N, camera:csi, /dev/video…, rtsp://…, http://… (MJPEG), a video, an image or a folder of images"
+
+# So many images are read ahead; each is kept as it is in memory.
+READ_AHEAD = 2
+# How long a thread that reads may take to end; one that waits for a file server is left behind.
+CLOSE_S = 1.0
+_NOTICE_S = 0.2
 
 
-class ImageSource(Source):
+class Picture(NamedTuple):
+    """An image of a file, or why there is none."""
+
+    image_bgr: npt.NDArray[np.uint8] | None
+    input: FileInput
+    error: str = ""
+
+
+class FileSource(Source):
+    """Images of files: all of them, in order, each with the time at which it was asked for.
+
+    A thread reads ahead, so that decoding the next ones costs no time beside an inference.
+    """
+
+    def __init__(self, spec: str, stop: threading.Event) -> None:
+        super().__init__(spec, stop)
+        self._ahead: queue.SimpleQueue[Picture | Exception | None] = queue.SimpleQueue()
+        self._room = threading.Semaphore(READ_AHEAD)
+        self._ended = False
+        self._thread = threading.Thread(target=self._read_ahead, name=f"source {self.name}", daemon=True)
+
+    def _pictures(self) -> Iterator[Picture]:
+        raise AssertionError("a subclass reads")
+
+    def _read_ahead(self) -> None:
+        pictures = self._pictures()
+        picture: Picture | Exception | None = None
+        while self._room.acquire() and not self._ended:
+            try:
+                picture = next(pictures, None)
+            except Exception as error:
+                picture = error
+            self._ahead.put(picture)
+            if not isinstance(picture, Picture):
+                return
+
+    def _frames(self) -> Iterator[Frame]:
+        self._thread.start()
+        while not self.stop.is_set():
+            try:
+                picture = self._ahead.get(timeout=_NOTICE_S)
+            except queue.Empty:
+                continue
+            if isinstance(picture, Exception):
+                raise picture
+            if picture is None:
+                return
+            self._room.release()
+            yield Frame(*picture)
+
+    def close(self) -> None:
+        self._ended = True
+        self._room.release()
+        if self._thread.ident:
+            self._thread.join(CLOSE_S)
+
+
+class ImageSource(FileSource):
     """Image files, in the order given. One that cannot be read is a frame with an error."""
 
     def __init__(self, spec: str, stop: threading.Event, paths: list[Path], loop: bool) -> None:
         super().__init__(spec, stop)
         self._paths, self._loop = paths, loop
 
-    def _frames(self) -> Iterator[Frame]:
+    def _pictures(self) -> Iterator[Picture]:
         while True:
             readable = False
             for path in self._paths:
@@ -38,7 +106,7 @@ class ImageSource(Source):
                 except EdgekitError as unreadable:
                     image, error = None, unreadable.what
                 readable |= image is not None
-                yield Frame(image, FileInput(printable(path.name), 0), error)
+                yield Picture(image, FileInput(printable(path.name), 0), error)
             if not readable:
                 raise SourceError(
                     f"source {self.name}: no readable image", mend="give PNG or JPEG files that are whole"
@@ -47,15 +115,21 @@ class ImageSource(Source):
                 return
 
 
-class VideoSource(Source):
+class VideoSource(FileSource):
     """A video file, every frame of it."""
 
     def __init__(self, spec: str, stop: threading.Event, path: Path, loop: bool) -> None:
         super().__init__(spec, stop)
         self._path, self._loop = path, loop
-        self._capture = _open_capture(str(path), self.name)
+        self._capture = self._open()
 
-    def _frames(self) -> Iterator[Frame]:
+    def _open(self) -> Any:
+        capture = cv2.VideoCapture(str(self._path))
+        if not capture.isOpened():
+            raise SourceError(f"source {self.name} cannot be opened", mend=f"expected {USAGE}")
+        return capture
+
+    def _pictures(self) -> Iterator[Picture]:
         announced = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
         while True:
             number = 0
@@ -63,7 +137,7 @@ class VideoSource(Source):
                 ok, image = self._capture.read()
                 if not ok:
                     break
-                yield Frame(image, FileInput(printable(self._path.name), number))
+                yield Picture(image, FileInput(printable(self._path.name), number))
                 number += 1
             if number == 0:
                 raise SourceError(f"source {self.name} has no frames", mend="give a video that OpenCV can decode")
@@ -72,66 +146,34 @@ class VideoSource(Source):
             if not self._loop:
                 return
             self._capture.release()
-            self._capture = _open_capture(str(self._path), self.name)
+            self._capture = self._open()
 
     def close(self) -> None:
-        self._capture.release()
+        super().close()
+        if not self._thread.is_alive():
+            self._capture.release()
 
 
-class LiveSource(Source):
-    """A camera or network stream, read in a thread of its own; the newest frame wins."""
-
-    live = True
-
-    def __init__(self, spec: str, stop: threading.Event, target: int | str) -> None:
-        super().__init__(spec, stop)
-        self._capture = _open_capture(target, self.name)
-        self._changed = threading.Condition()
-        self._newest: Frame | None = None
-        self._ended = False
-        self._thread = threading.Thread(target=self._read, name=f"source {self.name}", daemon=True)
-        self._thread.start()
-
-    def _read(self) -> None:
-        ok = True
-        while ok and not self._ended:
-            ok, image = self._capture.read()
-            with self._changed:
-                if ok and not self._ended:
-                    self.captured += 1
-                    self.dropped += self._newest is not None
-                    self._newest = Frame(image)
-                self._ended |= not ok
-                self._changed.notify()
-        self._capture.release()
-
-    def __iter__(self) -> Iterator[Frame]:
-        while not self.stop.is_set():
-            with self._changed:
-                if self._newest is None and not self._ended:
-                    self._changed.wait(0.2)
-                frame, self._newest = self._newest, None
-                ended = self._ended
-            if frame is not None:
-                yield frame
-            elif ended:
-                raise SourceError(f"source {self.name} stopped giving frames", mend="check the camera or the stream")
-
-    def close(self) -> None:
-        with self._changed:
-            self._ended = True
-            self.dropped += self._newest is not None
-            self._newest = None
-        self._thread.join(5)
-
-
-def open_source(spec: str, *, loop: bool = False, stop: threading.Event | None = None) -> Source:
+def open_source(
+    spec: str,
+    *,
+    loop: bool = False,
+    stop: threading.Event | None = None,
+    drop: str = "oldest",
+    patient: bool = False,
+    camera: Hints | None = None,
+) -> Source:
     """Opens a source by its name on the command line.
 
     Args:
-        spec: ``camera:N``, ``rtsp://…``, ``http://…``, or the path of a video, an image or a folder of images.
+        spec: ``camera:N``, ``camera:/dev/…`` or ``/dev/…`` (V4L2), ``camera:csi``, ``rtsp://…``, ``http://…``, or the
+            path of a video, an image or a folder of images.
         loop: start files again at their end.
         stop: ends the iteration when set.
+        drop: of a live source: when a frame comes and the one before still waits, drop the ``oldest``, the ``newest``,
+            or ``none``: then the source waits.
+        patient: wait for a live source that cannot be opened yet.
+        camera: the size, rate and format that a camera is asked for.
 
     Raises:
         SourceError: there is no such source, or it cannot be opened.
@@ -141,15 +183,11 @@ def open_source(spec: str, *, loop: bool = False, stop: threading.Event | None =
     set_level: Any = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel  # the latter since OpenCV 5
     set_level(0)
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    kind, _, rest = spec.partition(":")
-    if kind == "camera":
-        if not rest.isdecimal() or len(rest) > 3:
-            raise SourceError(f"source {spec!r}", expected="camera:N with the camera's number", mend="try camera:0")
-        return LiveSource(spec, stop, int(rest))
-    if kind in ("rtsp", "rtsps", "http", "https") and rest.startswith("//"):
-        return LiveSource(spec, stop, spec)
+    open_camera = camera_opener(spec, camera)
+    if open_camera:
+        return LiveSource(spec, stop, open_camera, drop, patient)
     path = Path(spec)
-    if kind == "mic" or path.suffix.lower() in AUDIO_SUFFIXES:
+    if spec.partition(":")[0] == "mic" or path.suffix.lower() in AUDIO_SUFFIXES:
         raise SourceError(
             f"source {spec} is sound, and this bundle takes images",
             expected=USAGE,
@@ -169,11 +207,3 @@ def open_source(spec: str, *, loop: bool = False, stop: threading.Event | None =
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return ImageSource(spec, stop, [path], loop)
     return VideoSource(spec, stop, path, loop)
-
-
-def _open_capture(target: int | str, name: str) -> Any:
-    capture = cv2.VideoCapture(target)
-    if not capture.isOpened():
-        mend = "check that the camera is plugged in and free" if isinstance(target, int) else f"expected {USAGE}"
-        raise SourceError(f"source {name} cannot be opened", mend=mend)
-    return capture

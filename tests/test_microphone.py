@@ -18,7 +18,10 @@ import pytest
 
 import edgekit
 import edgekit.devices.pipeline
+from edgekit import bundle
+from edgekit.devices.audio_sources import open_audio_source
 from edgekit.errors import SourceError
+from edgekit.manifest import AudioInput
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sound_server import SoundServer
@@ -142,6 +145,22 @@ def test_gap_is_told_and_nothing_spans_it(
     assert all(m.predictions[0].label == "low" for m in run.messages[2:before])
     assert moment(run.messages[before].window.start) > resumed_s - 0.1
     assert [m.seq for m in run.messages] == list(range(1, counts.inferred + 1))
+
+
+def test_patient_source_waits_for_its_microphone(
+    sound_models: Path, server: SoundServer, until: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    input = bundle.read(sound_models / "window.tflite").input
+    assert isinstance(input, AudioInput)
+    server.stop()
+    with pytest.raises(SourceError):
+        open_audio_source("mic", input)
+    with open_audio_source("mic", input, patient=True) as source:
+        until(lambda: source.lost)
+        server.start()
+        assert next(iter(source)).samples is not None
+        assert not source.lost and source.gaps == 0
+    assert "opening it again until it does" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["window", "stream"])

@@ -1,17 +1,15 @@
 from __future__ import annotations
 
-import http.server
 import os
 import shutil
 import threading
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import cv2
+import numpy as np
 import pytest
 
+from edgekit.devices import sources
 from edgekit.devices.frames import public_name
 from edgekit.devices.sources import open_source
 from edgekit.errors import SourceError
@@ -65,6 +63,9 @@ def test_loop_starts_again_until_it_is_stopped(kind: str, request: pytest.Fixtur
         ("camera:x", "expected camera:N"),
         ("camera:77", "cannot be opened"),
         ("camera:99999999999999999999", "expected camera:N"),
+        ("camera:csi:x", "expected camera:N"),
+        ("/dev/video77", "there is no /dev/video77"),
+        ("mic:0", "is sound"),
         ("", "does not exist"),
         ("nowhere.mp4", "does not exist"),
         ("rtsp://ann:hunter2@127.0.0.1:1/x", "cannot be opened"),
@@ -106,47 +107,49 @@ def test_file_name_that_is_not_utf8_is_told_as_near_as_can_be(frames: Path, tmp_
     assert frame.image_bgr is not None and frame.input and frame.input.file == "\ufffd.png"
 
 
-@pytest.fixture
-def mjpeg_url(colour: Callable[..., Any]) -> Iterator[str]:
-    """A camera as many sell them: JPEGs over HTTP, 60 numbered by their brightness, then the end."""
-
-    class Camera(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
-            self.end_headers()
-            for number in range(60):
-                jpeg = cv2.imencode(".jpg", colour("blue", (64, 48)) // 4 + 2 * number)[1].tobytes()
-                self.wfile.write(b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(jpeg))
-                self.wfile.write(jpeg + b"\r\n")
-                time.sleep(0.02)
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Camera)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/stream.mjpg"
-    server.shutdown()
-    server.server_close()
+def test_no_more_than_a_few_images_are_read_ahead(tmp_path: Path) -> None:
+    for number in range(8):
+        cv2.imwrite(str(tmp_path / f"{number}.png"), np.zeros((8, 8, 3), np.uint8))
+    with open_source(str(tmp_path)) as source:
+        frames_read = iter(source)
+        next(frames_read)
+        for number in range(1 + sources.READ_AHEAD, 8):
+            cv2.imwrite(str(tmp_path / f"{number}.png"), np.full((8, 8, 3), 255, np.uint8))
+        assert [frame.image_bgr.max() for frame in frames_read][sources.READ_AHEAD :] == [255] * (
+            7 - sources.READ_AHEAD
+        )
 
 
-def test_live_source_gives_the_newest_frame_and_counts_the_dropped(mjpeg_url: str) -> None:
-    seen = []
-    with pytest.raises(SourceError, match="stopped giving frames"), open_source(mjpeg_url) as source:
-        for frame in source:
-            seen.append(float(frame.image_bgr.mean()))
-            time.sleep(0.1)
-    assert source.live and source.dropped > 10
-    assert source.captured == len(seen) + source.dropped
-    assert 3 < len(seen) < 40 and seen == sorted(seen)
-
-
-def test_live_source_ends_when_it_is_stopped(mjpeg_url: str) -> None:
-    stop = threading.Event()
-    with open_source(mjpeg_url, stop=stop) as source:
-        for number, _ in enumerate(source):
+@pytest.mark.parametrize("kind", ["video", "frames"])
+def test_what_was_read_ahead_and_not_used_is_not_captured(kind: str, request: pytest.FixtureRequest) -> None:
+    with open_source(str(request.getfixturevalue(kind))) as source:
+        for number, _ in enumerate(source, 1):
             if number == 3:
-                stop.set()
-    assert number == 3
+                break
+    assert (source.captured, source.dropped) == (3, 0)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("source")]
+
+
+def test_video_that_is_cut_gives_what_is_there_and_says_so(
+    video: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = video.read_bytes()
+    (tmp_path / "cut.avi").write_bytes(whole[: len(whole) // 2])
+    with open_source(str(tmp_path / "cut.avi")) as source:
+        count = len(list(source))
+    assert 20 < count < 70 and f"ended after {count} of 90 frames" in caplog.text
+
+
+@pytest.mark.parametrize("pixels", ["grey", "alpha", "16 bit", "1 x 1"])
+def test_image_of_other_pixels_is_taken_as_8_bit_bgr(tmp_path: Path, pixels: str) -> None:
+    image = {
+        "grey": np.full((6, 9), 200, np.uint8),
+        "alpha": np.full((6, 9, 4), 200, np.uint8),
+        "16 bit": np.full((6, 9, 3), 200 << 8, np.uint16),
+        "1 x 1": np.full((1, 1, 3), 200, np.uint8),
+    }[pixels]
+    cv2.imwrite(str(tmp_path / "image.png"), image)
+    with open_source(str(tmp_path / "image.png")) as source:
+        (frame,) = source
+    assert frame.image_bgr is not None and frame.image_bgr.dtype == np.uint8
+    assert frame.image_bgr.shape == (*image.shape[:2], 3) and (frame.image_bgr == 200).all()
