@@ -8,6 +8,7 @@ import sys
 import click
 
 import edgekit
+from edgekit.cli_device import doctor, service
 from edgekit.cli_model import bench, convert, inspect, ops
 from edgekit.cli_stream import listen, run, soak
 from edgekit.errors import EdgekitError
@@ -27,6 +28,8 @@ for _name, _item in (
     ("bench", bench),
     ("soak", soak),
     ("ops", ops),
+    ("doctor", doctor),
+    ("service", service),
 ):
     cli.add_command(_item, _name)
 

@@ -26,7 +26,7 @@ from edgekit.runtimes import RUNTIMES, Runtime
 
 logger = logging.getLogger(__name__)
 
-# A runtime that says nothing for so long hangs.
+# A runtime that says nothing for so long hangs, if nothing else was asked for.
 STALL_TIMEOUT_S = 120.0
 # How long a model runs before it is another's turn: long enough to fill the caches again, short beside what the machine
 # else does.
@@ -46,6 +46,7 @@ class Sandbox:
         delegate: ``cpu`` (XNNPACK), ``none``, ``gpu`` (LiteRT's GPU accelerator) or the path of a delegate library.
         threads: threads of the CPU kernels.
         ops: files with kernels of custom operators beside EdgeKit's own, as :class:`CustomOpResolver` takes them.
+        timeout_s: a runtime that says nothing for so long hangs.
 
     Attributes:
         pieces: the operators in each piece that a delegate (on the CPU: XNNPACK) took, by their position in the graph;
@@ -64,7 +65,9 @@ class Sandbox:
         delegate: str = "cpu",
         threads: int = 1,
         ops: Sequence[str | os.PathLike[str]] = (),
+        timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
+        self._timeout_s = timeout_s
         self._resolver = CustomOpResolver(*ops)
         self._model = _read(path)
         operators = self._model.operators if self._model else []
@@ -142,8 +145,8 @@ class Sandbox:
     def _answer(self) -> Any:
         assert self._child.stdout is not None
         while b"\n" not in self._unread:
-            if not select.select([self._child.stdout], [], [], STALL_TIMEOUT_S)[0]:
-                raise SandboxError(f"gave nothing for {STALL_TIMEOUT_S:g} s")
+            if not select.select([self._child.stdout], [], [], self._timeout_s)[0]:
+                raise SandboxError(f"gave nothing for {self._timeout_s:g} s")
             read = os.read(self._child.stdout.fileno(), 1 << 16)
             if not read:
                 raise self._ended()

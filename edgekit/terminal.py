@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from edgekit.accounting import Accounting
@@ -153,6 +154,19 @@ def print_bench(measured: Any) -> None:
     for problem, bundles in problems.items():
         of_which = "" if len(bundles) == len(names) else f" {', '.join(bundles)}"
         console.print(f"not measured:{of_which} {problem}")
+
+
+def print_diagnosis(diagnosis: Any) -> None:
+    """``diagnosis`` as :func:`edgekit.doctor` returns it."""
+    colours = {"ok": "green", "missing": "yellow", "failed": "red"}
+    table = Table(show_header=False, box=None)
+    for finding in diagnosis.findings:
+        table.add_row(
+            Text(finding.status, colours[finding.status]),
+            finding.check + (" *" if finding.needed else ""),
+            f"{finding.detail}\n→ {finding.mend}" if finding.mend else finding.detail,
+        )
+    Console(highlight=False, markup=False, emoji=False).print(table)
 
 
 def _cells(times: Any) -> tuple[str, str, str]:
