@@ -22,6 +22,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from edgekit.broker import parse_broker
 from edgekit.decode import Prediction
 from edgekit.devices.publisher import Publisher
+from edgekit.devices.results import Result
 from edgekit.devices.soak.mosquitto import Mosquitto
 from edgekit.devices.spool import Spool
 from edgekit.messages import BundleRef, InfoMessage, Latency, PredictionMessage, Versions, encode
@@ -69,11 +70,15 @@ def plain_paho(port: int) -> tuple[float, float]:
 def spooled(port: int, folder: Path) -> tuple[float, float]:
     """The same by way of a publisher and its spool."""
     publisher = Publisher(
-        parse_broker(f"mqtt://127.0.0.1:{port}"), INFO, "main", Spool(folder / "rate.sqlite"), threading.Event()
+        parse_broker(f"mqtt://127.0.0.1:{port}"),
+        INFO,
+        "edgekit-bench",
+        Spool(folder / "rate.sqlite"),
+        threading.Event(),
     )
     began_s, cpu_s = time.perf_counter(), time.process_time()
     for seq in range(MESSAGES):
-        publisher.prediction(message(seq + 1))
+        publisher.publish("main", Result(message(seq + 1), [], None), wait=True)
     publisher._flush()
     result = MESSAGES / (time.perf_counter() - began_s), 1e6 * (time.process_time() - cpu_s) / MESSAGES
     publisher.close()
@@ -81,10 +86,10 @@ def spooled(port: int, folder: Path) -> tuple[float, float]:
 
 
 def calls_ms(port: int, folder: Path, rate: float, *, busy: bool, seconds: float = 20.0) -> np.ndarray:
-    """Milliseconds that each call of ``prediction`` took, at ``rate`` a second; ``busy``: with work in between that, as
+    """Milliseconds that each call of ``publish`` took, at ``rate`` a second; ``busy``: with work in between that, as
     an invoke, leaves Python to others."""
     address, stop = parse_broker(f"mqtt://127.0.0.1:{port}"), threading.Event()
-    publisher = Publisher(address, INFO, "main", Spool(folder / "calls.sqlite"), stop, wait=False)
+    publisher = Publisher(address, INFO, "edgekit-bench", Spool(folder / "calls.sqlite"), stop)
     work = np.ones((256, 256), np.float32)
     took: list[float] = []
     next_s = time.perf_counter()
@@ -95,9 +100,9 @@ def calls_ms(port: int, folder: Path, rate: float, *, busy: bool, seconds: float
                 np.matmul(work, work)
             else:
                 time.sleep(max(0.0, next_s - time.perf_counter()))
-        one = message(seq + 1)
+        one = Result(message(seq + 1), [], None)
         began_s = time.perf_counter()
-        publisher.prediction(one)
+        publisher.publish("main", one, wait=False)
         took.append(1e3 * (time.perf_counter() - began_s))
     stop.set()
     publisher.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 
 import msgspec
@@ -39,52 +39,38 @@ _decode = msgspec.json.Decoder(CommandMessage).decode
 
 
 class Commands:
-    """Carries out what arrives on ``<base>/command``, at once and in the thread that calls."""
+    """Carries out what arrives on ``<base>/command``, at once and in the thread that calls.
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._pipeline = pipeline
+    Args:
+        pipelines: those of the device now, by stream.
+    """
 
-    def answer(self, payload: bytes | bytearray, *, retained: bool) -> bytes | None:
-        """The JSON of a :class:`~edgekit.messages.ResponseMessage`, whatever came; None: it is for another stream.
+    def __init__(self, pipelines: Callable[[], Mapping[str, Pipeline]]) -> None:
+        self._pipelines = pipelines
+
+    def answer(self, payload: bytes | bytearray, *, retained: bool) -> list[bytes]:
+        """The JSON of a :class:`~edgekit.messages.ResponseMessage` for each stream that the command is for, whatever
+        came; none for what is no command of ours but that of another run.
 
         Args:
             payload: as it came.
             retained: the broker had kept it: it was meant for another time, and would come again on each connection.
         """
-        command: CommandMessage | None = None
-        snapshot, error = None, ""
+        pipelines = dict(self._pipelines())
         try:
             command = _read(payload, retained)
-            if command.stream not in (None, self._pipeline.settings.stream):
-                return None
-            snapshot = self._carry_out(command)
         except EdgekitError as wrong:
-            error = _shortened(str(wrong))
-        except Exception as failure:  # whatever it is, the device goes on
-            logger.debug("command failed", exc_info=True)
-            error = _shortened(f"command failed unexpectedly ({type(failure).__name__}: {failure})")
-        if error:
-            logger.warning("%s; nothing was changed", error)
-        return self._respond(command, error, snapshot)
+            return [self._respond(pipeline, None, _told(wrong), None) for pipeline in list(pipelines.values())[:1]]
+        return [
+            self._respond(pipeline, command, *_attempt(command, pipeline))
+            for stream, pipeline in pipelines.items()
+            if command.stream in (None, stream)
+        ]
 
-    def _carry_out(self, command: CommandMessage) -> SnapshotImage | None:
-        match command:
-            case Pause():
-                self._pipeline.pause()
-            case Resume():
-                self._pipeline.resume()
-            case Snapshot():
-                return self._pipeline.snapshot()
-            case Set():
-                given = {name: getattr(command, name) for name in CHANGEABLE}
-                changes = {name: value for name, value in given.items() if value is not msgspec.UNSET}
-                if not changes:
-                    raise EdgekitError("command set", expected=", ".join(sorted(CHANGEABLE)), mend="give one at least")
-                self._pipeline.change(**changes)
-        return None
-
-    def _respond(self, command: CommandMessage | None, error: str, snapshot: SnapshotImage | None) -> bytes:
-        settings = self._pipeline.settings
+    def _respond(
+        self, pipeline: Pipeline, command: CommandMessage | None, error: str, snapshot: SnapshotImage | None
+    ) -> bytes:
+        settings = pipeline.settings
         threshold = settings.threshold
         response = ResponseMessage(
             schema="edgekit.response/1",
@@ -95,7 +81,7 @@ class Commands:
             ok=not error,
             error=error or None,
             settings=StreamSettings(
-                paused=self._pipeline.paused,
+                paused=pipeline.paused,
                 threshold=dict(threshold) if isinstance(threshold, Mapping) else threshold,
                 top_k=settings.top_k,
                 max_fps=settings.max_fps,
@@ -103,6 +89,42 @@ class Commands:
             snapshot=snapshot,
         )
         return encode(response)
+
+
+def _attempt(command: CommandMessage, pipeline: Pipeline) -> tuple[str, SnapshotImage | None]:
+    """What went wrong, if anything, and the snapshot that was asked for."""
+    try:
+        return "", _carry_out(command, pipeline)
+    except Exception as failure:  # whatever it is, the device goes on
+        logger.debug("command failed", exc_info=True)
+        return _told(failure), None
+
+
+def _carry_out(command: CommandMessage, pipeline: Pipeline) -> SnapshotImage | None:
+    match command:
+        case Pause():
+            pipeline.pause()
+        case Resume():
+            pipeline.resume()
+        case Snapshot():
+            return pipeline.snapshot()
+        case Set():
+            given = {name: getattr(command, name) for name in CHANGEABLE}
+            changes = {name: value for name, value in given.items() if value is not msgspec.UNSET}
+            if not changes:
+                raise EdgekitError("command set", expected=", ".join(sorted(CHANGEABLE)), mend="give one at least")
+            pipeline.change(**changes)
+    return None
+
+
+def _told(failure: Exception) -> str:
+    """In a line, which is logged too."""
+    line = str(failure)
+    if not isinstance(failure, EdgekitError):
+        line = f"command failed unexpectedly ({type(failure).__name__}: {failure})"
+    line = line if len(line) <= _MAX_ERROR else line[: _MAX_ERROR - 1] + "…"
+    logger.warning("%s; nothing was changed", line)
+    return line
 
 
 def response_topic(requested: str, device: str, *, prefix: str = PREFIX) -> str | None:
@@ -147,7 +169,3 @@ def _read(payload: bytes | bytearray, retained: bool) -> CommandMessage:
             mend='such as {"command":"ping"}',
         ) from error
     return command
-
-
-def _shortened(error: str) -> str:
-    return error if len(error) <= _MAX_ERROR else error[: _MAX_ERROR - 1] + "…"

@@ -5,14 +5,23 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
-from edgekit.messages import Percentiles
+from edgekit.messages import DelegateHealth, HealthMessage, Percentiles, SpoolHealth
+
+if TYPE_CHECKING:
+    from edgekit.devices.pipeline import Pipeline
 
 # Predictions that are remembered, and for how long they count as recent.
 _MOST, _RECENT_S = 1024, 10.0
+# Of the time from a frame to its prediction: waiting to be taken up, and so on; and what came after it.
+STAGES = ("wait", "preprocess", "inference", "decode", "publish")
 # Types of thermal zones that are of the processor: cpu-thermal (Raspberry Pi, Jetson), x86_pkg_temp, soc-thermal.
 _OF_CPU = re.compile(r"cpu|pkg|soc", re.IGNORECASE)
 
@@ -23,14 +32,21 @@ class Recent:
     def __init__(self) -> None:
         self._began_s = time.monotonic()
         # Arrays, which another thread may copy at any time.
-        self._at_s, self._ms = np.zeros(_MOST), np.zeros(_MOST)
+        self._at_s, self._s = np.zeros(_MOST), np.zeros((_MOST, len(STAGES) + 1))
         self._count = 0
 
-    def add(self, total_ms: float) -> None:
-        """A prediction was made now, and took so long."""
-        place = self._count % _MOST
-        self._at_s[place], self._ms[place] = time.monotonic(), total_ms
+    def add(self, *marks_s: float) -> None:
+        """A prediction was made: when its frame was captured, and when it was taken up, preprocessed, inferred and
+        decoded, on the monotonic clock."""
+        row = self._s[self._count % _MOST]
+        row[: len(STAGES) - 1] = np.diff(marks_s)
+        row[-2], row[-1] = 0.0, marks_s[-1] - marks_s[0]
+        self._at_s[self._count % _MOST] = marks_s[-1]
         self._count += 1
+
+    def published(self, took_s: float) -> None:
+        """It has been given to the publisher, which took so long."""
+        self._s[(self._count - 1) % _MOST, -2] = took_s
 
     def fps(self) -> float:
         """Predictions a second, in the last ten seconds."""
@@ -39,12 +55,19 @@ class Recent:
         span_s = now_s - recent.min() if len(recent) == _MOST else min(now_s - self._began_s, _RECENT_S)
         return round(len(recent) / max(span_s, 1e-3), 2)
 
-    def percentiles_ms(self) -> Percentiles:
-        ms = self._ms[: self._count].copy()
-        return Percentiles(*np.percentile(ms, [50, 95, 99]).round(3).tolist()) if len(ms) else Percentiles(*[None] * 3)
+    def total_s(self) -> npt.NDArray[np.float64]:
+        """From the frame to the finished prediction, (predictions,)."""
+        return self._s[: self._count, -1].copy()
 
-    def uptime_s(self) -> float:
-        return round(time.monotonic() - self._began_s, 1)
+    def stages_ms(self) -> dict[str, Percentiles]:
+        seconds = self._s[: self._count, : len(STAGES)].copy()
+        return {stage: percentiles_ms(seconds[:, place]) for place, stage in enumerate(STAGES)}
+
+
+def percentiles_ms(seconds: npt.NDArray[np.float64]) -> Percentiles:
+    if not len(seconds):
+        return Percentiles(None, None, None)
+    return Percentiles(*(1e3 * np.percentile(seconds, [50, 95, 99])).round(3).tolist())
 
 
 def cpu_temp_c(zones: Path = Path("/sys/class/thermal")) -> float | None:
@@ -65,3 +88,41 @@ def rss_bytes() -> int | None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
         return None
+
+
+def device_health(
+    pipelines: Mapping[str, Pipeline], spool: SpoolHealth, cpu_temp_c: float | None, began_s: float
+) -> HealthMessage:
+    """Of each stream, and of all. ``began_s`` is when the run began, on the monotonic clock."""
+    streams = {name: pipeline.health() for name, pipeline in pipelines.items()}
+    each = list(streams.values())
+    dropped: Counter[str] = Counter()
+    for one in each:
+        dropped.update(one.dropped)
+    delegates = [one.delegate for one in each]
+    taken = [one.operators_delegated for one in delegates]
+    return HealthMessage(
+        schema="edgekit.health/1",
+        captured=sum(one.captured for one in each),
+        inferred=sum(one.inferred for one in each),
+        dropped=dict(dropped),
+        failed=sum(one.failed for one in each),
+        in_flight=sum(one.in_flight for one in each),
+        fps=round(sum(one.fps for one in each), 2),
+        latency_ms=percentiles_ms(np.concatenate([pipeline.recent.total_s() for pipeline in pipelines.values()])),
+        spool=spool,
+        delegate=DelegateHealth(
+            requested=_joined(one.requested for one in delegates),
+            active=_joined(one.active for one in delegates),
+            operators_delegated=None if None in taken else sum(filter(None, taken)),
+            operators=sum(one.operators or 0 for one in delegates),
+        ),
+        streams=streams,
+        cpu_temp_c=cpu_temp_c,
+        rss_bytes=rss_bytes(),
+        uptime_s=round(time.monotonic() - began_s, 1),
+    )
+
+
+def _joined(names: Iterable[str]) -> str:
+    return ",".join(dict.fromkeys(names))

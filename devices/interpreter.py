@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,16 @@ class Model:
     """
 
     def __init__(
-        self, bundle: Bundle, *, delegate: str = "auto", threads: int = 1, runtime: str | None = None, ops: Ops = ()
+        self,
+        bundle: Bundle,
+        *,
+        delegate: str = "auto",
+        threads: int = 1,
+        runtime: str | None = None,
+        ops: Ops = (),
+        strict: bool = False,
+        order: Sequence[str] = ("coral", "gpu", "cpu"),
+        hang_s: float = 30.0,
     ) -> None:
         if not 1 <= threads <= 256:
             raise BundleError(
@@ -50,6 +60,8 @@ class Model:
                 f"delegate {delegate!r}", expected="auto or cpu", mend="other delegates are not supported yet"
             )
         self.bundle, self.delegate, self.requested_delegate = bundle, "cpu", delegate
+        self.operators, self.operators_delegated = len(bundle.file.model.operators), None
+        self.began_s: float | None = None
         self.runtime, module = runtimes.load(runtime)
         custom = any(operator.custom for operator in bundle.file.model.operators)
         self._ops = resolver(ops) if ops or custom else None
@@ -109,6 +121,7 @@ class Model:
         Raises:
             BundleError: the runtime failed. What the Python kernel of a custom operator raises comes as it is.
         """
+        self.began_s = time.monotonic()
         try:
             self._interpreter.set_tensor(self._input_index, tensor)
             self._interpreter.invoke()
@@ -117,7 +130,29 @@ class Model:
                 self._interpreter.tensor(old)()[...] = self._interpreter.tensor(new)()
         except (ValueError, RuntimeError) as error:
             raise self._failure("failed in the interpreter", error) from error
+        finally:
+            self.began_s = None
         return raw.reshape(-1)
+
+    def tend(self) -> None:
+        """Tries a preferred delegate again, in the thread that calls."""
+
+    def probe(self) -> None:
+        """Predicts once, of nothing.
+
+        Raises:
+            BundleError: it fails.
+        """
+        self.invoke(np.zeros(self.preprocess.tensor_shape, self.preprocess.dtype))  # type: ignore[attr-defined]
+        self.reset()
+
+    def scores(self, raw: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """The raw output, as :meth:`invoke` gives it -> scores in 0..1, (classes,).
+
+        Raises:
+            NotFiniteError: the model gave NaN or infinity.
+        """
+        return scores(raw, self.bundle.output, *self._output_quantization)
 
     def decode(
         self, raw: npt.NDArray[Any], *, threshold: Threshold | npt.NDArray[np.float32] = 0.0, top_k: int = 3

@@ -15,6 +15,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from edgekit.broker import BrokerAddress
 from edgekit.devices.commands import Commands, response_topic
 from edgekit.devices.home_assistant import Discovery
+from edgekit.devices.results import Result
 from edgekit.devices.spool import Spool, Stored
 from edgekit.errors import BrokerError, EdgekitError
 from edgekit.messages import (
@@ -23,9 +24,7 @@ from edgekit.messages import (
     PREFIX,
     HealthMessage,
     InfoMessage,
-    PredictionMessage,
     SpoolHealth,
-    StateMessage,
     encode,
     topic,
 )
@@ -45,8 +44,9 @@ LOOK_S, IDLE_S = 0.02, 1.0
 REFUSED_RETRY_S = 10.0
 # Closing gives up when the broker has acknowledged nothing for so long.
 CLOSE_TIMEOUT_S = 30.0
-# Told to stop, or without ever having reached the broker, it gives up after so long.
-STOP_TIMEOUT_S = 3.0
+# Told to stop, or without ever having reached the broker, it gives up after so long. With the time that sources and
+# models take to end, a run that is told to stop says offline within 5 s.
+STOP_TIMEOUT_S, OFFLINE_TIMEOUT_S = 2.0, 1.0
 # Who waits for room or for the broker looks so often.
 _WAIT_S = 0.01
 # A broker keeps larger commands to itself.
@@ -58,12 +58,13 @@ _OF_THE_MESSAGE = {"Topic name invalid", "Packet too large", "Payload format inv
 class Publisher:
     """Says ``online`` and ``info`` on each connection, and ``offline`` at the end, by itself or by Last Will.
 
-    :meth:`prediction` is for the thread that predicts, and does no more than put the message into shared memory; a
-    thread of its own stores and sends it, and deletes it when the broker has acknowledged it. Leaving the ``with``
+    :meth:`publish` is for the threads that predict, and does no more than put messages into shared memory; a thread of
+    its own stores and sends it, and deletes it when the broker has acknowledged it. Leaving the ``with``
     block waits until the broker has acknowledged every message.
 
     Args:
-        wait: wait for room where there is none, as a file can; otherwise the message is shed and counted.
+        info: as it is at the start; :meth:`announce` tells another.
+        client_id: our name at the broker.
         replay_per_s: messages that waited are sent no faster.
         health: called with the state of the spool every ``HEALTH_S``, for what is to be published as ``health``.
 
@@ -76,24 +77,25 @@ class Publisher:
         self,
         address: BrokerAddress,
         info: InfoMessage,
-        stream: str,
+        client_id: str,
         spool: Spool,
         stop: threading.Event,
         *,
-        wait: bool = True,
         prefix: str = PREFIX,
         replay_per_s: float = REPLAY_PER_S,
         health: Callable[[SpoolHealth], HealthMessage] | None = None,
         commands: Commands | None = None,
         discovery: Discovery | None = None,
     ) -> None:
-        self._address, self._info, self._spool, self._stop, self._wait = address, info, spool, stop, wait
+        self._address, self._device, self._spool, self._stop = address, info.device, spool, stop
         self._base, self._prefix = topic(info.device, prefix=prefix), prefix
-        self._prediction_topic, self._state_topic = f"{stream}/prediction", f"{self._base}/{stream}/state"
         self._command_topic, self._status_topic = f"{self._base}/command", f"{self._base}/status"
         self._health, self._commands, self._discovery = health, commands, discovery
-        self._class_id: int | None = -1
-        self._state, self._state_sent = b"", b""
+        # What the broker is to keep, by topic, and what it was given on this connection.
+        self._retained: dict[str, bytes] = {}
+        self._given: dict[str, bytes] = {}
+        self._sheds = False  # there is a source that waits for no one
+        self.announce(info)
         # Of the connection, by message id: predictions and events, and what is sent beside them.
         self._inflight: dict[int, Stored] = {}
         self._beside: set[int] = set()
@@ -112,7 +114,7 @@ class Publisher:
         self.filters = (*([self._command_topic] if commands else ()), *(discovery.filters if discovery else ()))
         self._connection = Connection(
             address,
-            f"edgekit-{info.device}-{stream}",
+            client_id,
             will=(self._status_topic, OFFLINE),
             subscriptions=self.filters,
             maximum_packet_size=_MAX_PACKET_BYTES,
@@ -129,39 +131,48 @@ class Publisher:
             spool.close()
             raise
 
-    # -- for the thread that predicts ------------------------------------------------------------------------------
+    # -- for any thread --------------------------------------------------------------------------------------------
 
-    def prediction(self, message: PredictionMessage) -> None:
-        """Publishes ``message``, and the stream's state where its highest class changed."""
-        payload = encode(message)
-        while self._wait and self._spool.full and not self._stop.is_set():
+    def publish(self, stream: str, result: Result, *, wait: bool) -> None:
+        """Publishes what came of a frame of ``stream``.
+
+        Args:
+            wait: for room where there is none, as a file can; otherwise the message is shed and counted.
+        """
+        prediction, events, state = result
+        self._sheds |= not wait
+        if prediction:
+            self._put(f"{stream}/prediction", encode(prediction), wait)
+        for event in events:
+            self._put(f"{stream}/event", encode(event), wait)
+        if state:
+            self._retained[f"{self._base}/{stream}/state"] = encode(state)
+        if self._idle:
+            self._connection.wake()
+
+    def announce(self, info: InfoMessage) -> None:
+        """What the device is, from now on."""
+        self._retained[f"{self._base}/info"] = encode(info)
+
+    def forget(self, stream: str) -> None:
+        """A stream is no more: the broker keeps no state of it."""
+        self._retained[f"{self._base}/{stream}/state"] = b""
+
+    def _put(self, to: str, payload: bytes, wait: bool) -> None:
+        while wait and self._spool.full and not self._stop.is_set():
             time.sleep(_WAIT_S)
-        while not self._spool.put(self._prediction_topic, payload):
-            if not self._wait or self._stop.is_set():
+        while not self._spool.put(to, payload):
+            if not wait or self._stop.is_set():
                 self._spool.count_shed("memory")
                 break
             time.sleep(_WAIT_S)
-        highest = message.predictions[0] if message.predictions else None
-        class_id = highest.class_id if highest else None
-        if class_id != self._class_id:
-            self._class_id = class_id
-            state = StateMessage(
-                schema="edgekit.state/1",
-                captured_at=message.captured_at,
-                class_id=class_id,
-                label=highest.label if highest else None,
-                score=highest.score if highest else None,
-            )
-            self._state = encode(state)
-        if self._idle:
-            self._connection.wake()
 
     def close(self) -> None:
         """Waits for the broker to acknowledge everything, says ``offline``, disconnects and closes the spool."""
         left = self._flush()
         self._ending = True
         self._connection.wake()
-        deadline_s = time.monotonic() + STOP_TIMEOUT_S
+        deadline_s = time.monotonic() + OFFLINE_TIMEOUT_S
         while self._connection.connected and not self._ended and time.monotonic() < deadline_s:
             time.sleep(_WAIT_S)
         if self._connection.connected and not self._ended:
@@ -210,7 +221,7 @@ class Publisher:
     def _turn(self) -> float:
         now_s = time.monotonic()
         self._idle = False
-        wish_s = self._spool.store(urgent=not self._connection.connected or (not self._wait and self._spool.half_full))
+        wish_s = self._spool.store(urgent=not self._connection.connected or (self._sheds and self._spool.half_full))
         if self._connection.connected:
             wish_s = min(wish_s, self._send(now_s), self._say(now_s))
         # Only in this thread the spool can be counted while messages move from one place of it to the next.
@@ -257,9 +268,10 @@ class Publisher:
 
     def _say(self, now_s: float) -> float:
         """What is not about one frame: state, health, discovery and the end; returns as :meth:`_send`."""
-        if self._state is not self._state_sent:
-            self._state_sent = self._state
-            self._publish(self._state_topic, self._state, retain=True)
+        for to, payload in list(self._retained.items()):
+            if self._given.get(to) is not payload:
+                self._given[to] = payload
+                self._publish(to, payload, retain=True)
         if self._health and now_s >= self._health_s:
             self._health_s = now_s + HEALTH_S
             self._connection.publish(f"{self._base}/health", encode(self._health(self._spool_health())), qos=0)
@@ -290,8 +302,7 @@ class Publisher:
         self._was_connected, self._again = True, False
         self._spool.mark()
         self._publish(self._status_topic, ONLINE, retain=True)
-        self._publish(f"{self._base}/info", encode(self._info), retain=True)
-        self._state_sent = b""  # the broker may have forgotten it
+        self._given.clear()  # the broker may have forgotten it
         if self._discovery:
             self._discovery.on_connect(time.monotonic())
 
@@ -336,10 +347,11 @@ class Publisher:
             return
         if not self._commands:
             return
-        answer = self._commands.answer(message.payload, retained=message.retain)
+        answers = self._commands.answer(message.payload, retained=message.retain)
         asked_for = getattr(message.properties, "ResponseTopic", "")
-        if answer is not None and (to := response_topic(asked_for, self._info.device, prefix=self._prefix)):
-            self._publish(to, answer, correlation=getattr(message.properties, "CorrelationData", None))
+        if answers and (to := response_topic(asked_for, self._device, prefix=self._prefix)):
+            for answer in answers:
+                self._publish(to, answer, correlation=getattr(message.properties, "CorrelationData", None))
 
     def __enter__(self) -> Publisher:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import signal
@@ -36,10 +37,10 @@ def _thresholds(given: tuple[str, ...]) -> dict[str, float]:
 
 
 @command
-@click.argument("bundle")
+@click.argument("bundle", required=False)
+@click.option("--config", metavar="FILE", help="Run the streams of this TOML file, instead of all that follows.")
 @click.option(
     "--source",
-    required=True,
     help="camera:N, rtsp://…, http://… (MJPEG), a video, an image, a folder of images, mic, mic:NAME or an audio file.",
 )
 @click.option(
@@ -50,9 +51,10 @@ def _thresholds(given: tuple[str, ...]) -> dict[str, float]:
 )
 @click.option("--device-id", help="This device's name in the topics.  [default: the host's name]")
 @click.option("--stream", default="main", show_default=True, help="This stream's name in the topics.")
-@click.option("--delegate", type=click.Choice(["auto", "cpu"]), default="auto", show_default=True)
+@click.option("--delegate", default="auto", show_default=True, help="auto, cpu, coral, gpu or the path of a library.")
+@click.option("--strict", is_flag=True, help="Fail where the delegate does, instead of going on with the next.")
 @click.option(
-    "--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="Threads of the CPU kernels."
+    "--threads", type=click.IntRange(1, 256), help="Threads of the CPU kernels.  [default: as the profile says]"
 )
 @click.option(
     "--threshold",
@@ -65,10 +67,26 @@ def _thresholds(given: tuple[str, ...]) -> dict[str, float]:
 @click.option("--max-fps", type=float, help="Take no more frames a second.")
 @click.option("--hop", "hop_s", type=float, metavar="SECONDS", help="Of sound: take a window so often.")
 @click.option("--loop", is_flag=True, help="Start a file source again at its end.")
+@click.option(
+    "--drop",
+    type=click.Choice(["oldest", "newest", "none"]),
+    default="oldest",
+    show_default=True,
+    help="What a live source drops when the model is behind.",
+)
 @click.option("--labels", metavar="FILE", help="A label file to use instead of the packed one.")
+@click.option("--smoothing", type=int, default=1, show_default=True, help="Decide by so many predictions.")
+@click.option(
+    "--hysteresis",
+    type=float,
+    default=0.1,
+    show_default=True,
+    help="A label that is held ends so much below its threshold.",
+)
 @kernels
 @broker_options
 @prefix
+@click.option("--profile", help="The device's profile.  [default: the one detected]")
 @click.option(
     "--spool",
     metavar="DIR",
@@ -77,7 +95,7 @@ def _thresholds(given: tuple[str, ...]) -> dict[str, float]:
 )
 @click.option(
     "--spool-size",
-    "spool_mb",
+    "spool_size_mb",
     type=click.IntRange(1),
     default=64,
     show_default=True,
@@ -93,7 +111,7 @@ def _thresholds(given: tuple[str, ...]) -> dict[str, float]:
 )
 @click.option(
     "--replay-rate",
-    "replay_per_s",
+    "replay_rate",
     type=click.FloatRange(0, min_open=True),
     default=500,
     show_default=True,
@@ -108,13 +126,23 @@ def _thresholds(given: tuple[str, ...]) -> dict[str, float]:
     metavar="NAME=LABEL,LABEL",
     help="A binary sensor of Home Assistant for these labels; may be given again.",
 )
+@click.option(
+    "--hang",
+    "hang_s",
+    type=click.FloatRange(0, min_open=True),
+    default=30,
+    show_default=True,
+    metavar="SECONDS",
+    help="A model that takes longer hangs, and is ended.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print each prediction on stdout too, one JSON object a line.")
+@click.pass_context
 def run(
-    bundle: str,
-    source: str,
+    context: click.Context,
+    bundle: str | None,
+    source: str | None,
+    config: str | None,
     as_json: bool,
-    spool_mb: int,
-    spool_days: float,
     no_commands: bool,
     no_home_assistant: bool,
     **options: Any,
@@ -125,7 +153,27 @@ def run(
     """
     from edgekit.messages import encode
 
-    stop, started = threading.Event(), threading.Event()
+    if config is None:
+        if bundle is None or source is None:
+            raise click.UsageError("Give BUNDLE and --source, or --config.")
+        options |= {
+            "bundle": bundle,
+            "source": source,
+            "commands": not no_commands,
+            "home_assistant": not no_home_assistant,
+        }
+    else:
+        given = [
+            parameter.opts[0]
+            for parameter in context.command.params
+            if parameter.name not in ("config", "as_json", "debug")
+            and context.get_parameter_source(parameter.name or "") is not click.core.ParameterSource.DEFAULT
+        ]
+        if given:
+            raise click.UsageError(f"{', '.join(given)} cannot be given with --config; write it into the file.")
+        options = {"config": config}
+
+    stop, reload, started = threading.Event(), threading.Event(), threading.Event()
     interrupted = []
 
     def on_signal(number: int, _frame: object) -> None:
@@ -137,8 +185,10 @@ def run(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
+    signal.signal(signal.SIGHUP, lambda _number, _frame: reload.set())
 
     bar: Any = nullcontext()
+    shown = itertools.count(1)
     if sys.stderr.isatty():  # a service needs no bar, nor the memory of what draws it
         from edgekit.terminal import progress_bar
 
@@ -149,20 +199,9 @@ def run(
             if as_json:
                 click.echo(encode(message))
             if progress:
-                progress("frames", message.seq, 0)
+                progress("frames", next(shown), 0)
 
-        edgekit.run(
-            bundle,
-            source,
-            spool_bytes=spool_mb << 20,
-            spool_age_s=spool_days * 86400,
-            commands=not no_commands,
-            home_assistant=not no_home_assistant,
-            stop=stop,
-            on_start=started.set,
-            on_prediction=show,
-            **options,
-        )
+        edgekit.run(stop=stop, reload=reload, on_start=started.set, on_prediction=show, **options)
     if signal.SIGINT in interrupted:
         raise KeyboardInterrupt
 

@@ -43,3 +43,14 @@ class BrokerError(EdgekitError):
 
 class RuntimeMissingError(EdgekitError):
     """No TFLite runtime, or not the one that was asked for, is installed."""
+
+
+class InferenceError(BundleError):
+    """A frame was lost with the delegate that failed on it; the model goes on with another one.
+
+    ``cause`` is ``hung``, ``crashed`` or ``failed``.
+    """
+
+    def __init__(self, what: str, *, cause: str, mend: str = "") -> None:
+        self.cause = cause
+        super().__init__(what, mend=mend)

@@ -54,7 +54,10 @@ class FileInput(msgspec.Struct, frozen=True):
 
 
 class PredictionMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Payload of ``<base>/<stream>/prediction``. ``seq`` starts at 1 for each ``boot_id`` and stream, without holes."""
+    """Payload of ``<base>/<stream>/prediction``. ``seq`` starts at 1 for each ``boot_id`` and stream, without holes.
+
+    ``clock_step_s``: the system's clock was set since the prediction before, by so many seconds.
+    """
 
     schema: Literal["edgekit.prediction/1"]
     id: str
@@ -68,6 +71,7 @@ class PredictionMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     bundle: BundleRef
     delegate: str
     latency_ms: Latency
+    clock_step_s: float | None = None
     input: FileInput | None = None
     predictions: list[Prediction]
 
@@ -105,9 +109,12 @@ class Versions(msgspec.Struct, frozen=True):
 
 
 class StreamInfo(msgspec.Struct, frozen=True):
+    """``delegate`` is the one in use, ``requested_delegate`` what was asked for."""
+
     bundle: BundleRef
     delegate: str
     source: str
+    requested_delegate: str = "auto"
 
 
 class InfoMessage(msgspec.Struct, frozen=True, kw_only=True):
@@ -148,9 +155,30 @@ class DelegateHealth(msgspec.Struct, frozen=True):
     operators: Count | None
 
 
+class StreamHealth(msgspec.Struct, frozen=True, kw_only=True):
+    """How one stream fares. Always ``captured = inferred + dropped + failed + in_flight``; ``dropped`` and ``failures``
+    are by cause. ``lost``: its source gives nothing now; ``gaps``: how often it did not. ``clock_steps``: how often the
+    system's clock was set. ``stages_ms`` tells ``latency_ms`` by stage."""
+
+    captured: Count
+    inferred: Count
+    dropped: dict[str, Count]
+    failed: Count
+    failures: dict[str, Count]
+    in_flight: Count
+    gaps: Count
+    lost: bool
+    clock_steps: Count
+    fps: float
+    latency_ms: Percentiles
+    stages_ms: dict[str, Percentiles]
+    delegate: DelegateHealth
+
+
 class HealthMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """Payload of ``<base>/health``. Counts are of this boot, and always
-    ``captured = inferred + dropped + failed + in_flight``; ``dropped`` is by cause. Null: the device does not tell."""
+    """Payload of ``<base>/health``. Counts are of this boot and of all streams, and always
+    ``captured = inferred + dropped + failed + in_flight``; ``dropped`` is by cause; ``streams`` tells of each. Null: the
+    device does not tell."""
 
     schema: Literal["edgekit.health/1"]
     captured: Count
@@ -162,6 +190,7 @@ class HealthMessage(msgspec.Struct, frozen=True, kw_only=True):
     latency_ms: Percentiles
     spool: SpoolHealth
     delegate: DelegateHealth
+    streams: dict[str, StreamHealth]
     cpu_temp_c: float | None
     rss_bytes: Count | None
     uptime_s: float

@@ -20,6 +20,7 @@ from paho.mqtt.properties import Properties
 import edgekit
 from edgekit.devices.commands import MAX_COMMAND_BYTES, Commands, response_topic
 from edgekit.devices.frames import Frame, Source
+from edgekit.devices.health import device_health
 from edgekit.devices.interpreter import load
 from edgekit.devices.pipeline import Pipeline, Settings
 from edgekit.messages import PredictionMessage, SpoolHealth, encode, json_schema
@@ -52,19 +53,19 @@ class Running:
 
     def __init__(self, model: Any, source: Source, settings: Settings) -> None:
         self.pipeline, self.source = Pipeline(model, source, settings), source
-        self.commands = Commands(self.pipeline)
+        self.commands = Commands(lambda: {settings.stream: self.pipeline})
         self.predictions: queue.SimpleQueue[PredictionMessage] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     def _run(self) -> None:
-        for message in self.pipeline:
-            self.predictions.put(message)
+        for result in self.pipeline:
+            if result.prediction:
+                self.predictions.put(result.prediction)
 
     def answer(self, command: Any, retained: bool = False) -> dict[str, Any]:
         payload = command if isinstance(command, bytes) else json.dumps(command).encode()
-        answer = self.commands.answer(payload, retained=retained)
-        assert answer is not None
+        (answer,) = self.commands.answer(payload, retained=retained)
         response: dict[str, Any] = json.loads(answer)
         jsonschema.validate(response, RESPONSE)
         return response
@@ -121,7 +122,7 @@ def test_pause_of_a_camera_drops_what_comes_until_resume(run: Any, colour: Any) 
     running.source.put(colour("blue")[..., ::-1])
     message = running.next()
     assert (message.seq, message.predictions[0].label) == (2, "blue")
-    health = json.loads(encode(running.pipeline.health(SpoolHealth(0, 0, None, {}))))
+    health = json.loads(encode(device_health({"door": running.pipeline}, SpoolHealth(0, 0, None, {}), None, 0.0)))
     jsonschema.validate(health, HEALTH)
     assert health["captured"] == 7 and health["inferred"] == 2
     assert health["dropped"] == {"behind": 0, "paused": 5} and health["in_flight"] == 0
@@ -248,7 +249,7 @@ def test_retained_command_is_not_carried_out(run: Any) -> None:
 
 def test_command_for_another_stream_is_left_to_it(run: Any) -> None:
     running = run()
-    assert running.commands.answer(b'{"command":"pause","stream":"yard"}', retained=False) is None
+    assert running.commands.answer(b'{"command":"pause","stream":"yard"}', retained=False) == []
     assert not running.pipeline.paused
     assert running.answer({"command": "pause", "stream": "door"})["settings"]["paused"]
 
@@ -298,18 +299,18 @@ def test_ten_thousand_mutated_commands_crash_nothing_and_change_only_what_is_val
     valid = refused = 0
     for _ in range(10_000):
         payload = _mutated(random_)
-        answer = running.commands.answer(payload, retained=False)
+        answers = running.commands.answer(payload, retained=False)
         try:
             command = json.loads(payload.decode())
         except ValueError:
             command = None
         well_formed = len(payload) <= MAX_COMMAND_BYTES and schema.is_valid(command)
         if well_formed and command.get("stream") not in (None, "door"):
-            assert answer is None, payload
+            assert answers == [], payload
             continue
         ok = well_formed and not _nonsense(command)
         assert answer is not None, payload
-        response = json.loads(answer)
+        response = json.loads(answers[0])
         if ok:
             if command["command"] in ("pause", "resume"):
                 state["paused"] = command["command"] == "pause"

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from edgekit.devices.health import Recent, cpu_temp_c, rss_bytes
+from edgekit.devices.health import Recent, cpu_temp_c, percentiles_ms, rss_bytes
 from edgekit.messages import Percentiles
 
 
@@ -41,7 +42,7 @@ def test_rss_grows_with_what_is_held() -> None:
 
 def test_recent_of_nothing_has_no_percentiles() -> None:
     recent = Recent()
-    assert recent.fps() == 0 and recent.percentiles_ms() == Percentiles(None, None, None)
+    assert recent.fps() == 0 and percentiles_ms(recent.total_s()) == Percentiles(None, None, None)
 
 
 @pytest.mark.parametrize("per_s", [10, 50, 1000])
@@ -52,9 +53,14 @@ def test_recent_tells_the_pace_of_ten_seconds(monkeypatch: pytest.MonkeyPatch, p
     recent = Recent()
     for number in range(20 * per_s):
         now_s += 1 / per_s
-        recent.add(float(number % 100))
-    assert recent.fps() == pytest.approx(per_s, rel=0.02) and recent.uptime_s() == pytest.approx(20, abs=0.1)
-    percentiles = recent.percentiles_ms()
+        ms = number % 100
+        recent.add(*(now_s - 1e-3 * np.array([ms, 0.75 * ms, 0.5 * ms, 0.25 * ms, 0.0])))
+        recent.published(2e-3)
+    assert recent.fps() == pytest.approx(per_s, rel=0.02)
+    percentiles = percentiles_ms(recent.total_s())
     assert percentiles.p50 == pytest.approx(50, abs=3) and percentiles.p99 == pytest.approx(99, abs=2)
+    stages = {stage: of_stage.p50 for stage, of_stage in recent.stages_ms().items()}
+    quarter = pytest.approx(12.5, abs=1)
+    assert stages == {"wait": quarter, "preprocess": quarter, "inference": quarter, "decode": quarter, "publish": 2.0}
     now_s += 60
     assert recent.fps() == 0

@@ -15,6 +15,7 @@ import pytest
 from edgekit.broker import parse_broker
 from edgekit.decode import Prediction
 from edgekit.devices.publisher import Publisher
+from edgekit.devices.results import Result
 from edgekit.devices.spool import Spool
 from edgekit.errors import BrokerError
 from edgekit.messages import (
@@ -26,6 +27,7 @@ from edgekit.messages import (
     Percentiles,
     PredictionMessage,
     SpoolHealth,
+    StateMessage,
     Versions,
 )
 from edgekit.mqtt import Connection
@@ -43,6 +45,16 @@ def prediction(seq: int, label: str = "macaw", boot_id: str = "b") -> Prediction
         captured_at="2026-11-22T03:04:05.678Z", replayed=False, bundle=BundleRef("n", "1", "00"), delegate="cpu",
         latency_ms=Latency(0.4, 2.8, 3.4), predictions=[Prediction(len(label), label, 0.91)],
     )  # fmt: skip
+
+
+def give(publisher: Publisher, message: PredictionMessage, label: str = "", *, wait: bool = True) -> None:
+    """What came of a frame of the stream ``door``; the state changed if there is a label."""
+    state = (
+        StateMessage(schema="edgekit.state/1", captured_at=message.captured_at, class_id=1, label=label, score=0.91)
+        if label
+        else None
+    )
+    publisher.publish("door", Result(message, [], state), wait=wait)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +75,7 @@ def publisher(tmp_path: Path, stop: threading.Event) -> Callable[..., Publisher]
     def make(url: str, **options: Any) -> Publisher:
         limits = {name: options.pop(name) for name in ("max_bytes", "max_age_s") if name in options}
         spool = Spool(tmp_path / "spool" / "pi.door.sqlite", **limits)
-        return Publisher(parse_broker(url), INFO, "door", spool, stop, **options)
+        return Publisher(parse_broker(url), INFO, "edgekit-pi-door", spool, stop, **options)
 
     return make
 
@@ -109,12 +121,12 @@ def test_broker_away_at_the_start_gets_all_in_order_later(
     broker.stop()
     with publisher(broker.url) as publishes:
         for seq in range(1, 51):
-            publishes.prediction(prediction(seq))
+            give(publishes, prediction(seq))
         assert "cannot be reached" in caplog.text
         broker.start()
         got = listening(broker)
         until(lambda: len(predictions(got)) >= 50)
-        publishes.prediction(prediction(51))
+        give(publishes, prediction(51))
         until(lambda: len(predictions(got)) >= 51)
     assert predictions(got) == [(seq, True) for seq in range(1, 51)] + [(51, False)]
 
@@ -124,10 +136,10 @@ def test_what_was_under_way_when_the_broker_died_is_marked_when_it_comes_again(
 ) -> None:
     with publisher(broker.url) as publishes:
         before = listening(broker)
-        publishes.prediction(prediction(1))
+        give(publishes, prediction(1))
         until(lambda: predictions(before) == [(1, False)])
         broker.pause()
-        publishes.prediction(prediction(2))
+        give(publishes, prediction(2))
         until(lambda: publishes._inflight)
         broker.kill()
         broker.start()
@@ -144,12 +156,12 @@ def test_killed_process_leaves_what_it_had_not_sent_to_the_next(
     script.write_text(
         "import sys, threading\nfrom pathlib import Path\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from test_publisher import INFO, Publisher, Spool, parse_broker, prediction\n"
+        "from test_publisher import INFO, Publisher, Spool, give, parse_broker, prediction\n"
         f"spool = Spool(Path({str(tmp_path / 'spool' / 'pi.door.sqlite')!r}))\n"
         f"address = parse_broker('mqtt://127.0.0.1:{free_port()}')\n"
-        "publishes = Publisher(address, INFO, 'door', spool, threading.Event())\n"
+        "publishes = Publisher(address, INFO, 'edgekit-pi-door', spool, threading.Event())\n"
         "for seq in range(1, 101):\n"
-        "    publishes.prediction(prediction(seq, boot_id='old'))\n"
+        "    give(publishes, prediction(seq, boot_id='old'))\n"
         "    print(seq, flush=True)\n"
         "threading.Event().wait()\n"
     )
@@ -162,7 +174,7 @@ def test_killed_process_leaves_what_it_had_not_sent_to_the_next(
     broker = mosquitto()
     got = listening(broker)
     with publisher(broker.url) as publishes:
-        publishes.prediction(prediction(1, boot_id="new"))
+        give(publishes, prediction(1, boot_id="new"))
     until(lambda: len(predictions(got)) >= 101)
     arrived = [(p["boot_id"], p["seq"], p["replayed"]) for topic, p, _ in got if topic.endswith("/prediction")]
     # the new one may have been there before the connection was
@@ -181,11 +193,11 @@ def test_disk_that_hangs_holds_nobody_up_and_what_finds_no_room_is_counted(
         goes_on.wait()
         return store(spool, urgent)
 
-    publishes = publisher(broker.url, wait=False)
+    publishes = publisher(broker.url)
     got = listening(broker)
     monkeypatch.setattr(Spool, "store", hang)
     for seq in range(1, 10_001):
-        publishes.prediction(prediction(seq))
+        give(publishes, prediction(seq), wait=False)
     shed = publishes._spool.shed["memory"]
     assert 0 < shed < 10_000
     goes_on.set()
@@ -200,7 +212,7 @@ def test_what_waited_is_sent_at_a_bounded_rate(mosquitto: Any, publisher: Any, l
     broker.stop()
     publishes = publisher(broker.url, replay_per_s=100.0)
     for seq in range(1, 121):
-        publishes.prediction(prediction(seq))
+        give(publishes, prediction(seq))
     broker.start()
     got = listening(broker)
     until(lambda: predictions(got))
@@ -228,7 +240,7 @@ def test_refused_messages_are_kept_until_they_are_allowed(
     got = listening(broker)
     with publisher(broker.url) as publishes:
         for seq in (1, 2, 3):
-            publishes.prediction(prediction(seq))
+            give(publishes, prediction(seq))
         until(lambda: "refuses what is published: not authorized" in caplog.text)
         rules.write_text("topic readwrite #\n")
         broker._process.send_signal(signal.SIGHUP)
@@ -243,7 +255,7 @@ def test_message_that_is_too_large_for_the_broker_is_shed_and_holds_up_no_other(
     got = listening(broker)
     with publisher(broker.url) as publishes:
         for seq, label in ((1, "a"), (2, "b" * 3000), (3, "c")):
-            publishes.prediction(prediction(seq, label))
+            give(publishes, prediction(seq, label))
         until(lambda: len(predictions(got)) == 2)
         shed = dict(publishes._spool.shed)
     assert predictions(got) == [(1, False), (3, False)] and shed == {"too large for the broker": 1}
@@ -252,7 +264,7 @@ def test_message_that_is_too_large_for_the_broker_is_shed_and_holds_up_no_other(
 def test_broker_is_told_how_long_to_keep_a_prediction(broker: Any, publisher: Any, listening: Any, until: Any) -> None:
     got = listening(broker, "edgekit/pi/door/prediction")
     with publisher(broker.url, max_age_s=100.0) as publishes:
-        publishes.prediction(prediction(1))
+        give(publishes, prediction(1))
         until(lambda: got)
     assert 95 <= got[0][2].properties.MessageExpiryInterval <= 100
 
@@ -263,7 +275,7 @@ def test_stop_while_the_broker_is_away_keeps_what_is_left(
     monkeypatch.setattr("edgekit.devices.publisher.STOP_TIMEOUT_S", 0.2)
     url = f"mqtt://127.0.0.1:{free_port()}"
     with publisher(url) as publishes:
-        publishes.prediction(prediction(1))
+        give(publishes, prediction(1))
         stop.set()
     assert "1 messages are left; they are kept in" in caplog.text
     stop.clear()
@@ -273,7 +285,7 @@ def test_stop_while_the_broker_is_away_keeps_what_is_left(
         ),
         publisher(url) as publishes,
     ):
-        publishes.prediction(prediction(2))
+        give(publishes, prediction(2))
 
 
 def test_without_a_disk_what_is_left_is_an_error(
@@ -284,16 +296,16 @@ def test_without_a_disk_what_is_left_is_an_error(
     stop.set()
     with (
         pytest.raises(BrokerError, match=r"cannot be reached: 1 messages are left; check the broker and run again"),
-        Publisher(address, INFO, "door", Spool(None), stop) as publishes,
+        Publisher(address, INFO, "edgekit-pi-door", Spool(None), stop) as publishes,
     ):
-        publishes.prediction(prediction(1))
+        give(publishes, prediction(1))
 
 
 def test_state_is_told_again_to_a_broker_that_forgot_it(
     broker: Any, publisher: Any, listening: Any, until: Any
 ) -> None:
     with publisher(broker.url) as publishes:
-        publishes.prediction(prediction(1, "owl"))
+        give(publishes, prediction(1, "owl"), "owl")
         first = listening(broker, "edgekit/pi/door/state")
         until(lambda: [payload["label"] for _, payload, _ in first] == ["owl"])
         broker.kill()
@@ -307,7 +319,7 @@ def test_health_tells_of_the_spool(broker: Any, publisher: Any, listening: Any, 
         return HealthMessage(
             schema="edgekit.health/1", captured=1, inferred=1, dropped={}, failed=0, in_flight=0, fps=1.0,
             latency_ms=Percentiles(None, None, None), spool=spool, delegate=DelegateHealth("auto", "cpu", None, None),
-            cpu_temp_c=None, rss_bytes=None, uptime_s=1.0,
+            streams={}, cpu_temp_c=None, rss_bytes=None, uptime_s=1.0,
         )  # fmt: skip
 
     got = listening(broker, "edgekit/pi/health")

@@ -18,6 +18,7 @@ import edgekit
 from edgekit.broker import parse_broker
 from edgekit.decode import Prediction
 from edgekit.devices.publisher import Publisher
+from edgekit.devices.results import Result
 from edgekit.devices.spool import Spool
 from edgekit.messages import (
     BundleRef,
@@ -62,7 +63,8 @@ def main() -> None:
         streams={given.stream: StreamInfo(bundle, "none", "made")},
     )
     spool = Spool(Path(given.spool) / f"{given.device_id}.{given.stream}.sqlite")
-    with Publisher(parse_broker(given.broker), info, given.stream, spool, stop, wait=False) as publisher:
+    client_id = f"edgekit-{given.device_id}-{given.stream}"
+    with Publisher(parse_broker(given.broker), info, client_id, spool, stop) as publisher:
         seq, next_s = 0, time.monotonic()
         while not stop.wait(max(0.0, next_s - time.monotonic()) if given.rate else None):
             next_s += 1 / given.rate
@@ -82,7 +84,7 @@ def main() -> None:
                 predictions=[Prediction(seq // 20 % 2, "made", 0.9)],
             )
             began_s = time.perf_counter()
-            publisher.prediction(message)
+            publisher.publish(given.stream, Result(message, [], None), wait=False)
             told = Told(message.id, round(1e3 * (time.perf_counter() - began_s), 4), spool.shed)
             sys.stdout.buffer.write(msgspec.json.encode(told) + b"\n")
             sys.stdout.buffer.flush()
