@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import re
+import wave
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import edgekit
 from edgekit.devices.decisions import Change, Decisions
 from edgekit.errors import EdgekitError
 from edgekit.manifest import Output
@@ -244,3 +247,41 @@ def test_decisions_are_those_of_a_plain_loop_over_the_classes(seed: int) -> None
         assert len(set(held.values())) == len(held)
     follow(made.end())
     assert not held and made.current is None
+
+
+def test_run_publishes_what_begins_and_ends_and_what_is_held(models: Path, video: Path, broker: Any) -> None:
+    """A video of 30 frames of each of three colours, which differ from each other by more than smoothing blurs."""
+    with edgekit.Subscriber(broker.url, kinds=("prediction", "event", "state")) as subscriber:
+        edgekit.run(models / "int8.tflite", str(video), broker=broker.url, threshold=0.6, smoothing=5, hysteresis=0.1)
+        messages, events = [], 0
+        while events < 6:
+            messages.append(subscriber.next(20))
+            events += messages[-1].kind == "event"
+    told = [message for message in messages if message.event]
+    assert [f"{message.event.event} {message.label}" for message in told if message.event] == [
+        "begin red", "end red", "begin green", "end green", "begin blue", "end blue",
+    ]  # fmt: skip
+    assert not any(message.duplicate or message.left_open for message in messages)
+    assert [message.held_s is not None for message in told] == [False, True] * 3
+    assert subscriber.events.open == [] and subscriber.accounting.missing == 0
+    seqs = [message.prediction.seq if message.prediction else 0 for message in messages]
+    # events come right after the prediction that decided them: the first frame, and later than the 31st and the 61st
+    assert seqs.index(1) < messages.index(told[0]) < seqs.index(2)
+    assert seqs.index(32) < messages.index(told[2]) < seqs.index(40)
+    assert seqs.index(90) < messages.index(told[-1])
+    ((_, state),) = broker.subscribe("edgekit/+/main/state", "-C", "1", "-W", "5")()
+    assert state["label"] == "blue"
+
+
+def test_sound_that_is_held_at_the_end_of_a_file_ends_with_it(sound_models: Path, broker: Any, tmp_path: Path) -> None:
+    """It is read faster than it would sound, so that its end is ahead of the clock."""
+    with wave.open(str(tmp_path / "low.wav"), "wb") as recording:
+        recording.setnchannels(1)
+        recording.setsampwidth(2)
+        recording.setframerate(12_000)
+        recording.writeframes((8000 * np.sin(2 * np.pi * 300 * np.arange(120_000) / 12_000)).astype("<i2").tobytes())
+    with edgekit.Subscriber(broker.url, kinds=("event",)) as subscriber:
+        edgekit.run(sound_models / "window.tflite", str(tmp_path / "low.wav"), broker=broker.url, threshold=0.5)
+        begin, end = subscriber.next(20), subscriber.next(20)
+    assert (begin.label, end.label) == ("low", "low")
+    assert end.held_s and end.held_s > 9
