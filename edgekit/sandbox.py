@@ -154,8 +154,7 @@ class Sandbox:
         line, _, self._unread = self._unread.partition(b"\n")
         answer = json.loads(line)
         if "error" in answer:
-            log = self._read_log()
-            error = "no GPU with a Vulkan driver" if "No adapters found" in log else answer["error"]
+            error = reason(answer["error"], self._read_log())
             missing = self._model and self._resolver.unresolved(self._model, error)
             raise SandboxError(f"it needs {missing}" if missing else error)
         return answer
@@ -229,6 +228,11 @@ def alternate(
         if turn >= turns or not counts or (slow and turn >= 3):
             break
     return [failures.get(number) or np.concatenate(parts) for number, parts in enumerate(times)]
+
+
+def reason(error: str, log: str) -> str:
+    """Why a runtime does not load a model: its ``error``, or what it said of it in its ``log``."""
+    return "no GPU with a Vulkan driver" if "No adapters found" in log else error
 
 
 def describe_exit(status: int) -> str:

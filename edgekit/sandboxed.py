@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 
-# This folder's modules must not be taken for others of the same name.
-sys.path.pop(0)
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder's modules must not be taken for others of the same name
 
 import importlib
 import importlib.util
@@ -40,6 +40,24 @@ def _memory(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
 
 
+def pieces(interpreter: Any) -> list[list[int]]:
+    """The operators in each delegated piece of its graph: what lies between the inputs and the outputs of the piece."""
+    nodes = interpreter._get_ops_details()
+    producers = {int(t): n for n in nodes if n["op_name"] != "DELEGATE" for t in n["outputs"]}
+    found = []
+    for piece in (node for node in nodes if node["op_name"] == "DELEGATE"):
+        inputs, inside, waiting = set(map(int, piece["inputs"])), set(), [int(t) for t in piece["outputs"]]
+        while waiting:
+            tensor = waiting.pop()
+            producer = producers.get(tensor)
+            if producer is None or tensor in inputs or producer["index"] in inside:
+                continue
+            inside.add(producer["index"])
+            waiting += [int(t) for t in producer["inputs"]]
+        found.append(sorted(inside))
+    return found
+
+
 class _Interpreter:
     """On the CPU (XNNPACK), with the delegate in a shared library, or with none, and every tensor there to be read."""
 
@@ -65,24 +83,7 @@ class _Interpreter:
         self.states = [
             np.full(detail["shape"], detail["quantization"][1], detail["dtype"]) for detail in self._inputs[1:]
         ]
-        self.pieces = self._pieces()
-
-    def _pieces(self) -> list[list[int]]:
-        """The operators in each delegated piece: what lies between its inputs and its outputs."""
-        nodes = self._interpreter._get_ops_details()
-        producers = {int(t): n for n in nodes if n["op_name"] != "DELEGATE" for t in n["outputs"]}
-        pieces = []
-        for piece in (node for node in nodes if node["op_name"] == "DELEGATE"):
-            inputs, inside, waiting = set(map(int, piece["inputs"])), set(), [int(t) for t in piece["outputs"]]
-            while waiting:
-                tensor = waiting.pop()
-                producer = producers.get(tensor)
-                if producer is None or tensor in inputs or producer["index"] in inside:
-                    continue
-                inside.add(producer["index"])
-                waiting += [int(t) for t in producer["inputs"]]
-            pieces.append(sorted(inside))
-        return pieces
+        self.pieces = pieces(self._interpreter)
 
     def set(self, tensors: list[Any]) -> None:
         for detail, tensor in zip(self._inputs, tensors, strict=True):
@@ -98,14 +99,15 @@ class _Interpreter:
         return [self._interpreter.get_tensor(detail["index"]) for detail in self._outputs[1:]]
 
 
-class _Accelerated:
-    """On LiteRT's GPU accelerator (WebGPU)."""
+class Accelerated:
+    """``content``, a ``.tflite``, on LiteRT's GPU accelerator (WebGPU)."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, content: bytes) -> None:
         from ai_edge_litert.compiled_model import CompiledModel, HardwareAccelerator
 
         self.baseline_bytes = _memory("VmRSS")
-        self._model = CompiledModel.from_file(model, hardware_accel=HardwareAccelerator.GPU)
+        self._content = content  # which the model reads
+        self._model = CompiledModel.from_buffer(content, hardware_accel=HardwareAccelerator.GPU)
         if not self._model.is_fully_accelerated():
             raise RuntimeError("the GPU takes only a part of the model")
         self.pieces = None  # it does not tell
@@ -123,11 +125,12 @@ class _Accelerated:
 
     def invoke(self) -> None:
         self._model.run_by_index(0, self._inputs, self._outputs)
-        self.get()  # running returns before the result is there, reading waits for it
+        # Running returns before the result is there, reading waits for it.
+        shape, dtype = self.output
+        self._result = np.asarray(self._outputs[0].read(int(np.prod(shape)), dtype.type)).reshape(shape)
 
     def get(self) -> Any:
-        shape, dtype = self.output
-        return np.asarray(self._outputs[0].read(int(np.prod(shape)), dtype.type)).reshape(shape)
+        return self._result
 
 
 def _noise(shape: Any, dtype: Any) -> Any:
@@ -190,7 +193,9 @@ def main(module: str, path: str, delegate: str, threads: str, *ops: str) -> None
     os.dup2(2, 1)
     try:
         model: Any = (
-            _Accelerated(path) if delegate == "gpu" else _Interpreter(module, path, delegate, int(threads), ops)
+            Accelerated(Path(path).read_bytes())
+            if delegate == "gpu"
+            else _Interpreter(module, path, delegate, int(threads), ops)
         )
         model.set([_noise(*given) for given in model.inputs])
         _answer(pieces=model.pieces)

@@ -76,7 +76,7 @@ def test_runtime_that_does_not_fit_numpy_is_an_error(models: Path, monkeypatch: 
 
 
 def test_delegate_that_is_not_supported_is_an_error(models: Path) -> None:
-    with pytest.raises(BundleError, match="expected auto or cpu"):
+    with pytest.raises(BundleError, match="expected auto, cpu, coral, gpu or the path of a delegate library"):
         edgekit.load(models / "int8.tflite", delegate="quantum")
 
 
@@ -101,7 +101,7 @@ def test_macaw_is_named(vision_data: Path) -> None:
 
 def test_custom_operator_nobody_has_is_named(vision_data: Path) -> None:
     with pytest.raises(BundleError, match="needs the custom operator edgetpu-custom-op version 1"):
-        edgekit.load(vision_data / "mobilenet_v1_0.25_128_quant_edgetpu.tflite")
+        edgekit.load(vision_data / "mobilenet_v1_0.25_128_quant_edgetpu.tflite", delegate="cpu")
 
 
 @pytest.mark.parametrize("name", ["keras_lstm_mnist_ptq", "deeplabv3_mnv2_dm05_pascal_quant", "model_invoking_error"])

@@ -1,0 +1,123 @@
+"""Runs a model, driven through a socket: ``worker.py TASK``. The other side is
+:class:`edgekit.devices.isolated.Isolated`.
+
+A process of its own: delegate libraries, GPU drivers and kernels of the user are native code of others, which may
+crash, or hang in a call that nothing but the end of the process ends.
+
+``TASK`` is JSON. When the model is loaded a line of JSON tells what it is like, or an ``error``. From then on each
+command is one byte, and so is the answer to it. Tensors lie in shared memory: the input, and behind it the output.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+if __name__ == "__main__":
+    sys.path[:] = json.loads(sys.argv[1])["python_path"]  # so that imports are those of the other side
+
+import dataclasses
+import mmap
+import os
+import signal
+import socket
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekit.devices.backend import Accelerated, Backend, Interpreted, TensorType
+
+INVOKE, RESET = b"i", b"r"
+DONE, FAILED = b".", b"!"
+# Where the output begins: on a cache line of its own.
+ALIGNMENT = 64
+# The other side ends what hangs. If it ended itself meanwhile, this does: the kernel, as a hang may hold Python's lock.
+_GRACE_S = 10.0
+
+
+def views(memory: Any, input: TensorType, output: TensorType) -> list[np.ndarray[Any, Any]]:
+    """The input tensor and the raw output, (classes,), in shared memory."""
+    given = np.dtype(input.dtype).itemsize * int(np.prod(input.shape))
+    return [
+        np.frombuffer(memory, input.dtype, int(np.prod(input.shape))).reshape(input.shape),
+        np.frombuffer(memory, output.dtype, int(np.prod(output.shape)), -given % ALIGNMENT + given),
+    ]
+
+
+def _size(input: TensorType, output: TensorType) -> int:
+    given, made = (np.dtype(tensor.dtype).itemsize * int(np.prod(tensor.shape)) for tensor in (input, output))
+    return -given % ALIGNMENT + given + made
+
+
+def _load(task: dict[str, Any]) -> Backend:
+    with os.fdopen(task["model"], "rb") as file:
+        content = file.read()
+    path = Path(task["path"])
+    if task["gpu"]:
+        return Accelerated(content, path)
+    return Interpreted(
+        content,
+        path,
+        runtime=task["runtime"],
+        library=task["library"],
+        options=task["options"],
+        threads=task["threads"],
+        ops=task["ops"],
+    )
+
+
+def _told(error: BaseException) -> str:
+    operator = getattr(error, "edgekit_operator", None)
+    text = " ".join(str(error).split())[:1000] or type(error).__name__
+    return f"the kernel of the custom operator {operator} raised {type(error).__name__}: {text}" if operator else text
+
+
+def main(task: dict[str, Any]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # it ends with the other side, which may have frames to finish
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, task["load_s"] + _GRACE_S)
+    channel = socket.socket(fileno=os.dup(0))
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 0)
+    os.dup2(2, 1)  # what drivers print on standard output belongs with the other messages
+    try:
+        backend = _load(task)
+        os.ftruncate(task["memory"], _size(backend.input, backend.output))
+        given, made = views(mmap.mmap(task["memory"], 0), backend.input, backend.output)
+        if task["library"] or task["gpu"]:  # one that cannot run costs no frame
+            given[...] = backend.input.zero_point
+            backend.invoke(given)
+            backend.reset()
+    except Exception as error:
+        traceback.print_exc()
+        channel.sendall(json.dumps({"error": _told(error)}).encode() + b"\n")
+        return
+    found = {name: getattr(backend, name) for name in ("runtime", "operators", "operators_delegated")}
+    tensors = {"input": dataclasses.astuple(backend.input), "output": dataclasses.astuple(backend.output)}
+    channel.sendall(json.dumps(found | tensors).encode() + b"\n")
+    # What drivers print from now on, maybe for months, is kept by no one.
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    while command := channel.recv(1):
+        signal.setitimer(signal.ITIMER_REAL, task["hang_s"] + _GRACE_S)
+        try:
+            if command == INVOKE:
+                made[...] = backend.invoke(given)
+            else:
+                backend.reset()
+        except Exception as error:
+            channel.sendall(FAILED + _told(error).encode())
+            return
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        channel.sendall(DONE)
+
+
+if __name__ == "__main__":
+    try:
+        main(json.loads(sys.argv[1]))
+    finally:
+        os._exit(0)  # without the drivers' tidying up, which may block
