@@ -211,8 +211,11 @@ def _csi_of_pi(number: int, hints: Hints) -> Callable[[], Camera]:
             main: dict[str, Any] = {"format": "RGB888"}  # in memory B, G, R: libcamera names it from the other end
             if hints.size_wh:
                 main["size"] = hints.size_wh
+            # Small pictures may come of a mode that reads the middle of the sensor only. At half its resolution all
+            # Raspberry Pi's own read the whole one: https://github.com/raspberrypi/picamera2/issues/450
+            raw = {"size": tuple(side // 2 for side in camera.sensor_resolution)}
             controls = {"FrameDurationLimits": (round(1e6 / hints.fps),) * 2} if hints.fps else {}
-            camera.configure(camera.create_video_configuration(main=main, controls=controls))
+            camera.configure(camera.create_video_configuration(main=main, raw=raw, controls=controls))
             camera.start()
         except BaseException:
             camera.close()

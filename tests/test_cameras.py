@@ -186,6 +186,7 @@ class Request:
         log.append("release")
 
 class Picamera2:
+    sensor_resolution = 3280, 2464
     def __init__(self, camera_num=0):
         if not cable["there"]:
             raise IndexError("list index out of range")
@@ -231,14 +232,21 @@ def test_camera_module_of_a_raspberry_pi(picamera2: Callable[[str], Any]) -> Non
     assert (frame.image_bgr == (10, 20, 30)).all() and frame.captured_s < now_s
     assert module.log[:3] == [
         ("open", 0),
-        {"main": {"format": "RGB888", "size": (1280, 720)}, "controls": {"FrameDurationLimits": (40_000, 40_000)}},
+        {
+            "main": {"format": "RGB888", "size": (1280, 720)},
+            "raw": {"size": (1640, 1232)},  # all that the sensor sees
+            "controls": {"FrameDurationLimits": (40_000, 40_000)},
+        },
         "start",
     ]
     # none is kept: there are few buffers
     assert module.log.count("capture") == module.log.count("release") and module.log[-1] == "close"
     module.log.clear()
     first("camera:csi:1")
-    assert module.log[:2] == [("open", 1), {"main": {"format": "RGB888"}, "controls": {}}]
+    assert module.log[:2] == [
+        ("open", 1),
+        {"main": {"format": "RGB888"}, "raw": {"size": (1640, 1232)}, "controls": {}},
+    ]
 
 
 def test_camera_module_with_a_loose_cable_is_regained(
