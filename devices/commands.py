@@ -70,12 +70,12 @@ class Commands:
     def _respond(
         self, pipeline: Pipeline, command: CommandMessage | None, error: str, snapshot: SnapshotImage | None
     ) -> bytes:
-        settings = pipeline.settings
-        threshold = settings.threshold
+        config = pipeline.config
+        threshold = config.threshold
         response = ResponseMessage(
             schema="edgekit.response/1",
-            device=settings.device_id,
-            stream=settings.stream,
+            device=pipeline.device_id,
+            stream=config.name,
             at=timestamp(datetime.now(timezone.utc)),
             command=command.__struct_config__.tag if command else None,  # type: ignore[arg-type]
             ok=not error,
@@ -83,8 +83,8 @@ class Commands:
             settings=StreamSettings(
                 paused=pipeline.paused,
                 threshold=dict(threshold) if isinstance(threshold, Mapping) else threshold,
-                top_k=settings.top_k,
-                max_fps=settings.max_fps,
+                top_k=config.top_k,
+                max_fps=config.max_fps,
             ),
             snapshot=snapshot,
         )

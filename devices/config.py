@@ -92,7 +92,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 ) from error
         places: dict[str, int] = {}
         for number, stream in enumerate(self.stream):
-            _check(stream, ("stream", number), f"stream {stream.name}: ")
+            check_stream(stream, ("stream", number))
             if (first := places.setdefault(stream.name, number)) != number:
                 raise ConfigError(
                     ("stream", number, "name"),
@@ -183,6 +183,14 @@ _RULES = {
     "label_groups": _Rule("a table of lists of labels, by names of a-z, 0-9, _ and -", len),
     "hang_s": _Rule("seconds, 0.1 or more", _within(0.1, _MOST)),
 }
+
+
+def check_stream(stream: StreamConfig, at: Key = ()) -> None:
+    """
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+    _check(stream, at, f"stream {stream.name}: ")
 
 
 def _check(config: StreamConfig | Config, at: Key, where: str) -> None:

@@ -27,7 +27,7 @@ from edgekit.devices.profiles import detect, load_profile
 from edgekit.devices.publisher import Publisher
 from edgekit.devices.results import Result, new_boot_id
 from edgekit.devices.spool import Spool, spool_folder
-from edgekit.devices.stream import Stream, open_source, read_bundle, settings_of
+from edgekit.devices.stream import Stream, open_source, read_bundle
 from edgekit.embedded_broker import EmbeddedBroker, is_embedded
 from edgekit.errors import EdgekitError
 from edgekit.messages import HealthMessage, InfoMessage, SpoolHealth, Versions, default_device_id
@@ -108,7 +108,7 @@ class Device:
         try:
             source = open_source(config, model.bundle, self.profile, stop, patient=patient)
             try:
-                pipeline = Pipeline(model, source, settings_of(config, self.device_id), boot_id)
+                pipeline = Pipeline(model, source, config, self.device_id, boot_id)
             except BaseException:
                 source.close()
                 raise
@@ -218,6 +218,8 @@ class Device:
         if self._on_result:
             with self._lock:
                 self._on_result(result)
+        if self._stop.is_set():
+            stream.pipeline.source.stop.set()
 
     def _pipelines(self) -> dict[str, Pipeline]:
         return {name: stream.pipeline for name, stream in list(self.streams.items())}

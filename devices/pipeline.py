@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.decode import NotFiniteError, Threshold, thresholds, top
+from edgekit.decode import NotFiniteError, thresholds, top
+from edgekit.devices.config import StreamConfig, check_stream
 from edgekit.devices.decisions import Decisions
 from edgekit.devices.frames import Frame, Source
 from edgekit.devices.health import Recent, percentiles_ms
@@ -23,7 +24,7 @@ from edgekit.devices.interpreter import Model
 from edgekit.devices.results import Marks, Result, Results, new_boot_id
 from edgekit.errors import EdgekitError, InferenceError
 from edgekit.manifest import AudioInput
-from edgekit.messages import DelegateHealth, PredictionMessage, SnapshotImage, StreamHealth, StreamInfo, check_name
+from edgekit.messages import DelegateHealth, PredictionMessage, SnapshotImage, StreamHealth, StreamInfo
 
 logger = logging.getLogger(__name__)
 
@@ -58,40 +59,21 @@ class Counts:
         return self.captured - self.inferred - self.dropped - self.failed
 
     def __add__(self, other: Counts) -> Counts:
-        numbers = [getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)[:-1]]
-        return Counts(*numbers, dict(Counter(self.failures) + Counter(other.failures)))
+        return Counts(
+            self.captured + other.captured,
+            self.inferred + other.inferred,
+            self.dropped + other.dropped,
+            self.failed + other.failed,
+            self.gaps + other.gaps,
+            self.paused + other.paused,
+            dict(Counter(self.failures) + Counter(other.failures)),
+        )
 
     def __str__(self) -> str:
         gaps = f", {self.gaps} gaps" if self.gaps else ""
         causes = ", ".join(f"{count} {cause}" for cause, count in self.failures.items())
         failed = f"{self.failed} failed" + (f" ({causes})" if causes else "")
         return f"{self.captured} captured, {self.inferred} inferred, {self.dropped} dropped, {failed}{gaps}"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to do with the predictions; arguments as :func:`run`, checked here."""
-
-    device_id: str
-    stream: str = "main"
-    threshold: Threshold = 0.0
-    top_k: int = 3
-    max_fps: float | None = None
-    smoothing: int = 1
-    hysteresis: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_name(self.device_id, "device id")
-        check_name(self.stream, "stream")
-        for score in self.threshold.values() if isinstance(self.threshold, Mapping) else (self.threshold,):
-            if not 0 <= score <= 1:
-                raise EdgekitError("threshold", expected="a score from 0 to 1", got=str(score), mend="give one")
-        if not 1 <= self.top_k < 2**31:
-            raise EdgekitError("top-k", expected="1 or more", got=str(self.top_k), mend="give how many classes to name")
-        if self.max_fps is not None and not 0.001 <= self.max_fps < math.inf:
-            raise EdgekitError(
-                "max-fps", expected="0.001 or more", got=str(self.max_fps), mend="leave it out to take every frame"
-            )
 
 
 class Pipeline:
@@ -104,14 +86,16 @@ class Pipeline:
         EdgekitError: the settings do not fit the model: a label or ``max_fps``.
     """
 
-    def __init__(self, model: Model, source: Source, settings: Settings, boot_id: str | None = None) -> None:
-        self.source = source
-        self._results = Results(settings.device_id, settings.stream, boot_id or new_boot_id())
+    def __init__(
+        self, model: Model, source: Source, config: StreamConfig, device_id: str, boot_id: str | None = None
+    ) -> None:
+        self.source, self.device_id = source, device_id
+        self._results = Results(device_id, config.name, boot_id or new_boot_id())
         self.paused = False
         # One attribute, so that the thread that iterates finds either all of a change or nothing.
-        self._in_force = settings, self._limits(settings, model)
+        self._in_force = config, self._limits(config, model)
         self._lock = threading.Lock()
-        self._next: tuple[Model, Settings, npt.NDArray[np.float32]] | None = None
+        self._next: tuple[Model, StreamConfig, npt.NDArray[np.float32]] | None = None
         self._paused_frames = self._clock_steps = 0
         self._failures: dict[str, int] = {}
         self._cold = False  # the model has not heard a whole window since a pause
@@ -125,12 +109,12 @@ class Pipeline:
 
     def _take(self, model: Model) -> None:
         self.model = model
-        settings, limits = self._decided_by = self._in_force
-        decisions = Decisions(model.bundle.output, limits, smoothing=settings.smoothing, hysteresis=settings.hysteresis)
+        config, limits = self._decided_by = self._in_force
+        decisions = Decisions(model.bundle.output, limits, smoothing=config.smoothing, hysteresis=config.hysteresis)
         self._results.take(model.bundle, decisions)
 
     @property
-    def settings(self) -> Settings:
+    def config(self) -> StreamConfig:
         return self._in_force[0]
 
     @property
@@ -152,7 +136,7 @@ class Pipeline:
             logger.info("resumed")
         self.paused = False
 
-    def change(self, **changes: Any) -> Settings:
+    def change(self, **changes: Any) -> StreamConfig:
         """Changes ``threshold``, ``top_k`` or ``max_fps``; the settings as they are then.
 
         Raises:
@@ -162,11 +146,13 @@ class Pipeline:
             raise EdgekitError(
                 f"setting {min(unknown)}", expected=" or ".join(sorted(CHANGEABLE)), mend="start it again to change it"
             )
-        self.adopt(dataclasses.replace(self.settings, **changes))
-        logger.info("changed: %s", ", ".join(f"{name}={value}" for name, value in changes.items()))
-        return self.settings
+        self.adopt(msgspec.structs.replace(self.config, **changes))
+        logger.info(
+            "stream %s: changed %s", self.config.name, ", ".join(f"{name}={value}" for name, value in changes.items())
+        )
+        return self.config
 
-    def adopt(self, settings: Settings) -> None:
+    def adopt(self, config: StreamConfig) -> None:
         """From the next frame on these are in force.
 
         Raises:
@@ -175,19 +161,19 @@ class Pipeline:
         with self._lock:
             if self._next:
                 model = self._next[0]
-                self._next = model, settings, self._limits(settings, model)
+                self._next = model, config, self._limits(config, model)
             else:
-                self._in_force = settings, self._limits(settings, self.model)
+                self._in_force = config, self._limits(config, self.model)
 
-    def replace(self, model: Model, settings: Settings) -> None:
+    def replace(self, model: Model, config: StreamConfig) -> None:
         """From the next frame on it is this model that predicts, with these settings; the one before is closed then.
 
         Raises:
             EdgekitError: they do not fit each other, and nothing was changed.
         """
-        limits = self._limits(settings, model)
+        limits = self._limits(config, model)
         with self._lock:
-            waiting, self._next = self._next, (model, settings, limits)
+            waiting, self._next = self._next, (model, config, limits)
         if waiting:
             waiting[0].close()
 
@@ -239,23 +225,24 @@ class Pipeline:
             self._results.bundle_ref, self.model.delegate, self.source.name, self.model.requested_delegate
         )
 
-    def _limits(self, settings: Settings, model: Model) -> npt.NDArray[np.float32]:
+    def _limits(self, config: StreamConfig, model: Model) -> npt.NDArray[np.float32]:
         """The lowest score of each class that is named, (classes,).
 
         Raises:
-            EdgekitError: the settings do not fit the model.
+            EdgekitError: it does not fit the model, or a value is out of its range.
         """
+        check_stream(config)
         given = model.bundle.input
-        if settings.max_fps and self.source.live and isinstance(given, AudioInput) and given.streaming:
+        if config.max_fps and self.source.live and isinstance(given, AudioInput) and given.streaming:
             needed = given.sample_rate_hz / given.hop_samples
-            if settings.max_fps < needed:
+            if config.max_fps < needed:
                 raise EdgekitError(
-                    "max-fps",
+                    "max_fps",
                     expected=f"{needed:.2f} or more, as a model that streams must hear all",
-                    got=f"{settings.max_fps:g}",
+                    got=f"{config.max_fps:g}",
                     mend="leave it out",
                 )
-        return thresholds(settings.threshold, model.bundle.labels)
+        return thresholds(config.threshold, model.bundle.labels)
 
     def __iter__(self) -> Iterator[Result]:
         due_s = self._wait_until_due(-math.inf)
@@ -263,6 +250,8 @@ class Pipeline:
             if self._next:
                 yield from self._ended(state=True)
                 self._swap()
+            if frame.begins:  # what was held before the gap may have ended in it
+                yield from self._ended(state=True)
             if frame.image_bgr is not None:
                 self._newest = frame
             if self.paused and self.source.live:
@@ -288,8 +277,8 @@ class Pipeline:
         before = self.model
         with self._lock:
             assert self._next
-            after, settings, limits = self._next
-            self._next, self._in_force = None, (settings, limits)
+            after, config, limits = self._next
+            self._next, self._in_force = None, (config, limits)
         self._take(after)
         self._cold = False
         before.close()
@@ -299,7 +288,7 @@ class Pipeline:
         """Waits for the time of the next frame, and of a file for the end of a pause; when that was, or is."""
         began_s = time.perf_counter()
         while True:
-            max_fps = self.settings.max_fps
+            max_fps = self.config.max_fps
             due_s = max(last_due_s + 1 / max_fps, began_s) if max_fps else began_s
             wait_s = min(due_s - time.perf_counter(), _NOTICE_S)
             if self.paused:
@@ -310,12 +299,13 @@ class Pipeline:
                 return due_s
 
     def _predict(self, frame: Frame) -> Result | None:
-        model, (settings, limits) = self.model, self._in_force
+        model, (config, limits) = self.model, self._in_force
         self._watch_clock(frame)
         if frame.begins:
             model.reset()
         if frame.error:
-            return self._fail(frame, "unreadable", frame.error)
+            self._fail(frame, "unreadable", frame.error)
+            return None
         started_s = time.monotonic()
         try:
             tensor = (
@@ -325,7 +315,8 @@ class Pipeline:
             raw = model.invoke(tensor)
             inferred_s = time.monotonic()
         except InferenceError as error:
-            return self._fail(frame, error.cause, str(error))
+            self._fail(frame, error.cause, str(error))
+            return None
         if not frame.complete:  # a stream that warms up
             return None
         if not model.warm:  # it began anew because of a pause, or of a failure, which was told
@@ -339,15 +330,16 @@ class Pipeline:
             scores = model.scores(raw)
         except NotFiniteError as error:
             model.reset()
-            return self._fail(frame, "not finite", str(error))
-        predictions = top(scores, model.bundle.labels, limits, settings.top_k)
+            self._fail(frame, "not finite", str(error))
+            return None
+        predictions = top(scores, model.bundle.labels, limits, config.top_k)
         if self._in_force is not self._decided_by:
             self._decided_by = self._in_force
             decisions = self._results.decisions
             decisions.limits, decisions.smoothing, decisions.hysteresis = (
                 limits,
-                settings.smoothing,
-                settings.hysteresis,
+                config.smoothing,
+                config.hysteresis,
             )
         marks = Marks(frame.captured_s, started_s, preprocessed_s, inferred_s, time.monotonic())
         result = self._results.make(frame, scores, predictions, marks, model.delegate, self._clock_step_s)

@@ -209,6 +209,6 @@ def _stream_config(
         name=name,
         labels=None if labels is None else os.fspath(labels),
         threshold=dict(threshold) if isinstance(threshold, Mapping) else threshold,
-        ops=() if isinstance(ops, CustomOpResolver) else tuple(map(os.fspath, ops)),
+        ops=() if isinstance(ops, CustomOpResolver) else tuple(os.fspath(path) for path in ops),
         **others,
     )

@@ -15,7 +15,7 @@ from edgekit.bundle import Bundle
 from edgekit.decode import thresholds
 from edgekit.devices.config import StreamConfig
 from edgekit.devices.frames import Source
-from edgekit.devices.pipeline import Pipeline, Settings
+from edgekit.devices.pipeline import Pipeline
 from edgekit.devices.profiles import Profile
 from edgekit.devices.results import Result
 from edgekit.errors import EdgekitError
@@ -40,11 +40,7 @@ def read_bundle(config: StreamConfig) -> Bundle:
         raise EdgekitError(
             "hop", expected="a bundle that takes windows of sound", got=f"one that {kind}", mend="leave it out"
         )
-    hop_samples = round(config.hop_s * given.sample_rate_hz)
-    if not 1 <= hop_samples < 2**31:
-        raise EdgekitError(
-            "hop", expected="seconds, above 0", got=f"{config.hop_s:g}", mend="give how often to predict"
-        )
+    hop_samples = max(1, round(config.hop_s * given.sample_rate_hz))
     return dataclasses.replace(bundle, input=msgspec.structs.replace(given, hop_samples=hop_samples))
 
 
@@ -64,18 +60,6 @@ def open_source(
 
     return sources.open_source(
         config.source, loop=config.loop, stop=stop, drop=config.drop, patient=patient, camera=profile.camera
-    )
-
-
-def settings_of(config: StreamConfig, device_id: str) -> Settings:
-    return Settings(
-        device_id,
-        config.name,
-        config.threshold,
-        config.top_k,
-        config.max_fps,
-        config.smoothing,
-        config.hysteresis,
     )
 
 

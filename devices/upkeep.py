@@ -14,7 +14,7 @@ from edgekit.devices.device import Device
 from edgekit.devices.interpreter import Model
 from edgekit.devices.notify import notify
 from edgekit.devices.pipeline import CHANGEABLE
-from edgekit.devices.stream import Stream, read_bundle, settings_of
+from edgekit.devices.stream import Stream, read_bundle
 from edgekit.errors import EdgekitError
 from edgekit.manifest import AudioInput
 
@@ -135,7 +135,7 @@ class Upkeep:
             and not _differ(config, stream.config, _OF_SETTINGS | _OF_MODEL)
             and (not isinstance(given, AudioInput) or given == stream.pipeline.model.bundle.input)
         ):
-            stream.pipeline.replace(model, settings_of(config, self._device.device_id))
+            stream.pipeline.replace(model, config)
             stream.config = config
         else:
             self._device.restart(config, model)
@@ -186,7 +186,7 @@ class Upkeep:
                 self._run_with(of_stream, models[of_stream.name])
             else:
                 stream = device.streams[of_stream.name]
-                stream.pipeline.adopt(settings_of(of_stream, device.device_id))
+                stream.pipeline.adopt(of_stream)
                 stream.config = of_stream
         logger.info("the configuration was read again")
 

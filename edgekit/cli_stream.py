@@ -139,6 +139,7 @@ def _thresholds(given: tuple[str, ...]) -> dict[str, float]:
 @click.pass_context
 def run(
     context: click.Context,
+    /,
     bundle: str | None,
     source: str | None,
     config: str | None,

@@ -104,9 +104,14 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture
 def hub(
-    certificates: Path, mosquitto: Callable[..., Any], tmp_path: Path, free_port: Callable[[], int]
+    certificates: Path, mosquitto: Callable[..., Any], tmp_path: Path, free_port: Callable[[], int], until: Any
 ) -> Iterator[SimpleNamespace]:
     """The broker as configured, but for its ports and folder; ``reload`` has it read its access rules again."""
     hub = SimpleNamespace(folder=certificates, devices_port=free_port(), consumers_port=free_port(), clients=[])
@@ -126,6 +131,8 @@ def hub(
     (tmp_path / "conf.d" / "edgekit.conf").write_text(config)
     kept = ["persistence true", f"persistence_location {tmp_path}/"]
     hub.broker = mosquitto(f"include_dir {tmp_path / 'conf.d'}", "user root", *kept)
+    for port in (hub.devices_port, hub.consumers_port):  # which open after its own
+        until(lambda port=port: is_open(port))
     hub.acl, hub.reload = tmp_path / "devices.acl", lambda: hub.broker._process.send_signal(signal.SIGHUP)
     yield hub
     for client in hub.clients:

@@ -66,7 +66,7 @@ def test_run_prints_predictions_as_json_lines(edgekit_cli: Any, models: Path, fr
         ("text", "is not a TFLite model"),
         ("missing", "No such file"),
         ("labels", "expected 3 lines"),
-        ("device", "device id 'pi#': expected a name"),
+        ("device", "device_id: expected a name of a-z, 0-9, _ and -, got 'pi#'"),
         ("source", "does not exist"),
         ("broker", "cannot be reached"),
         ("scheme", "expected mqtt://"),

@@ -19,10 +19,11 @@ from paho.mqtt.properties import Properties
 
 import edgekit
 from edgekit.devices.commands import MAX_COMMAND_BYTES, Commands, response_topic
+from edgekit.devices.config import StreamConfig
 from edgekit.devices.frames import Frame, Source
 from edgekit.devices.health import device_health
 from edgekit.devices.interpreter import load
-from edgekit.devices.pipeline import Pipeline, Settings
+from edgekit.devices.pipeline import Pipeline
 from edgekit.messages import PredictionMessage, SpoolHealth, encode, json_schema
 
 RESPONSE, HEALTH = json_schema("response"), json_schema("health")
@@ -51,9 +52,10 @@ class Camera(Source):
 class Running:
     """A pipeline that runs in a thread, its predictions in ``queue``, and its commands."""
 
-    def __init__(self, model: Any, source: Source, settings: Settings) -> None:
-        self.pipeline, self.source = Pipeline(model, source, settings), source
-        self.commands = Commands(lambda: {settings.stream: self.pipeline})
+    def __init__(self, model: Any, source: Source, stream: str = "main", **settings: Any) -> None:
+        config = StreamConfig(bundle="int8.tflite", source="camera:0", name=stream, **settings)
+        self.pipeline, self.source = Pipeline(model, source, config, "pi"), source
+        self.commands = Commands(lambda: {stream: self.pipeline})
         self.predictions: queue.SimpleQueue[PredictionMessage] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -85,7 +87,7 @@ def run(models: Path) -> Iterator[Callable[..., Running]]:
     started: list[Running] = []
 
     def start(live: bool = True, **settings: Any) -> Running:
-        started.append(Running(model, Camera(live), Settings("pi", "door", **settings)))
+        started.append(Running(model, Camera(live), "door", **settings))
         return started[-1]
 
     with load(models / "int8.tflite") as model:
@@ -149,7 +151,7 @@ def test_pause_of_a_stream_of_sound_begins_anew_with_a_whole_window(sound_models
     with load(sound_models / "stream.tflite") as model:
         hop, window = model.bundle.input.hop_samples, model.bundle.input.window_samples
         source = Camera(live=True)
-        running = Running(model, source, Settings("pi"))
+        running = Running(model, source)
         give = lambda: source._given.put(Frame(samples=np.zeros(hop, np.float32), complete=heard >= window))  # noqa: E731
         try:
             heard = 0
@@ -223,14 +225,14 @@ def test_snapshot_is_the_newest_frame_at_most_640_wide(run: Any, colour: Any) ->
         ({"command": "set", "threshold": {"red": 0.5, "rot": 0.5}}, "try red"),
         ({"command": "set", "threshold": {"x" * 3000: 0.5}}, "length"),
         ({"command": "set", "top_k": 0}, "1 or more"),
-        ({"command": "set", "top_k": 10**30}, "top-k"),
-        ({"command": "set", "top_k": 10**400}, "top-k"),
+        ({"command": "set", "top_k": 10**30}, "top_k"),
+        ({"command": "set", "top_k": 10**400}, "top_k"),
         ({"command": "set", "max_fps": 10**400}, "malformed"),
         ({"command": "set", "top_k": True}, "got `bool`"),
         ({"command": "set", "max_fps": 0}, "0.001 or more"),
         (b'{"command":"set","max_fps":NaN}', "malformed"),
         (b'{"command":"set","max_fps":1e999}', "malformed"),
-        ({"command": "set", "top_k": 2, "threshold": 0.9, "max_fps": -1}, "max-fps"),
+        ({"command": "set", "top_k": 2, "threshold": 0.9, "max_fps": -1}, "max_fps"),
         ({"command": "set", "device_id": "other"}, "unknown field `device_id`"),
     ],
 )
@@ -309,7 +311,6 @@ def test_ten_thousand_mutated_commands_crash_nothing_and_change_only_what_is_val
             assert answers == [], payload
             continue
         ok = well_formed and not _nonsense(command)
-        assert answer is not None, payload
         response = json.loads(answers[0])
         if ok:
             if command["command"] in ("pause", "resume"):
@@ -337,7 +338,7 @@ def _nonsense(command: Any) -> bool:
         not {"threshold", "top_k", "max_fps"} & command.keys()
         or any(not 0 <= score <= 1 or label not in ("*", "red", "green", "blue") for label, score in scores.items())
         or not 1 <= top_k < 2**31
-        or not (max_fps is None or 0.001 <= max_fps <= 1e308)
+        or not (max_fps is None or 0.001 <= max_fps < 2**31)
     )
 
 

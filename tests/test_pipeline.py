@@ -273,11 +273,14 @@ def test_no_thread_is_left_behind(models: Path, frames: Path, broker: Any) -> No
 
 
 def test_credentials_of_a_source_stay_out_of_info(models: Path, colour: Any) -> None:
+    from edgekit.devices.config import StreamConfig
     from edgekit.devices.frames import Source
     from edgekit.devices.interpreter import load
-    from edgekit.devices.pipeline import Pipeline, Settings
+    from edgekit.devices.pipeline import Pipeline
 
     with load(models / "int8.tflite") as model:
-        pipeline = Pipeline(model, Source("rtsp://ann:hunter2@cam/1", threading.Event()), Settings("pi"))
+        url = "rtsp://ann:hunter2@cam/1"
+        config = StreamConfig(bundle="int8.tflite", source=url)
+        pipeline = Pipeline(model, Source(url, threading.Event()), config, "pi")
         info = pipeline.info()
     assert info.source == "rtsp://cam/1"
