@@ -61,8 +61,10 @@ class TomlFile:
         lines = self._text.split("\n")
         ends, statement = [0], ""  # of statements, which may have several lines
         for number, line in enumerate(lines, 1):
+            # One of the lines of a list, which, were it a long one, would be parsed again with each of them.
+            goes_on = bool(statement) and line.rstrip().endswith(",") and "#" not in line
             statement += line + "\n"
-            if _is_toml(statement):
+            if not goes_on and _is_toml(statement):
                 ends.append(number)
                 statement = ""
         # All up to the end of a statement is TOML too, and has the key from the statement on that gives it.
