@@ -177,8 +177,8 @@ class StreamHealth(msgspec.Struct, frozen=True, kw_only=True):
 
 class HealthMessage(msgspec.Struct, frozen=True, kw_only=True):
     """Payload of ``<base>/health``. Counts are of this boot and of all streams, and always
-    ``captured = inferred + dropped + failed + in_flight``; ``dropped`` is by cause; ``streams`` tells of each. Null: the
-    device does not tell."""
+    ``captured = inferred + dropped + failed + in_flight``; ``dropped`` is by cause; ``streams`` tells of each. Null:
+    the device does not tell."""
 
     schema: Literal["edgekit.health/1"]
     captured: Count
@@ -327,4 +327,4 @@ def topic(device: str, *levels: str, prefix: str = PREFIX) -> str:
 
 def timestamp(at: datetime) -> str:
     """RFC 3339 in UTC with milliseconds, as every payload has it."""
-    return at.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+    return at.astimezone(timezone.utc).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
