@@ -113,7 +113,10 @@ class Chain:
             if self._failures >= MAX_FAILURES:
                 raise BundleError(f"{what}, {self._failures} times in a row", mend=mend)
             self.active = self._first(failed.rank)
-        logger.warning("%s; %s goes on%s", what, self.active.plan.name, mend and f"; {mend}")
+        same = self.active.rank == failed.rank
+        logger.warning(
+            "%s; %s%s", what, "it was loaded anew" if same else f"{self.active.plan.name} goes on", mend and f"; {mend}"
+        )
         return InferenceError(what, cause=error.cause)
 
     def tend(self) -> None:
