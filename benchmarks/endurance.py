@@ -140,7 +140,6 @@ class Run:
             client_id="endurance-subscriber",
             session_expiry_s=86400,
         )
-        self._streams = options.streams
         self.left: list[int] = []
         self.healths: list[HealthMessage] = []
         self.statuses: list[object] = []
@@ -195,8 +194,8 @@ class Run:
     def told(self) -> dict[str, int]:
         """The counts that it names when it ends, of all streams."""
         lines = re.findall(r"(\d+) captured, (\d+) inferred, (\d+) dropped, (\d+) failed", self.log.read_text())
-        sums = np.array(lines[-self._streams :] or [[0] * 4], int).sum(axis=0).tolist()
-        return dict(zip(("captured", "inferred", "dropped", "failed"), sums, strict=True))
+        names = ("captured", "inferred", "dropped", "failed")
+        return dict(zip(names, map(int, lines[-1] if lines else "0000"), strict=True))
 
     def close(self) -> None:
         self.process.kill()
@@ -243,9 +242,9 @@ def endure(run: Run, steps: list[tuple[float, Callable[[], None]]], options: arg
 
 
 def grown(values: list[int]) -> int:
-    """From the first quarter to the last, by their highest: what comes and goes is no growth."""
-    quarter = max(1, len(values) // 4)
-    return max(values[-quarter:]) - max(values[:quarter])
+    """From the first half to the second, by their highest: what comes and goes is no growth."""
+    half = (len(values) + 1) // 2
+    return max(values[half:], default=0) - max(values[:half])
 
 
 def report(run: Run, camera: Camera, samples: list[Sample], exit_s: float, options: argparse.Namespace) -> bool:

@@ -83,12 +83,12 @@ with vision.ImageClassifier.create_from_options(options) as classifier:
     turns(predict)
 """
 # `edgekit run` in a process where each frame's way is timed: from when the source gave it to when the next one was
-# asked for, without the two stages that the prediction tells of.
+# asked for, without the inference that the prediction tells of. What reads ahead preprocesses, too.
 _TIMED = """
 import os, sys, threading, time
 import edgekit
 from edgekit.devices.sources import VideoSource
-asked_s, got_s, stages_ms, stop = [], [], [], threading.Event()
+asked_s, got_s, inference_ms, stop = [], [], [], threading.Event()
 frames = VideoSource.__iter__
 def timed(source):
     iterator = frames(source)
@@ -101,14 +101,14 @@ def timed(source):
         yield frame
 VideoSource.__iter__ = timed
 def count(message):
-    stages_ms.append(message.latency_ms.preprocess + message.latency_ms.inference)
-    if len(stages_ms) == 100 + int(sys.argv[5]):
+    inference_ms.append(message.latency_ms.inference)
+    if len(inference_ms) == 100 + int(sys.argv[5]):
         stop.set()
 edgekit.run(
     sys.argv[1], sys.argv[2], broker=sys.argv[3], threads=int(sys.argv[4]), device_id="timed", delegate="cpu",
     spool=sys.argv[6], loop=True, stop=stop, on_prediction=count,
 )
-for got, asked, ms in list(zip(got_s, asked_s[1:], stages_ms))[100:]:
+for got, asked, ms in list(zip(got_s, asked_s[1:], inference_ms))[100:]:
     print(1e3 * (asked - got) - ms)
 """
 
@@ -232,7 +232,7 @@ def moving_video(picture: Path, path: Path) -> Path:
 
 
 def added_ms(model: Path, video: Path, broker: str, threads: int, frames: int, folder: Path) -> np.ndarray[Any, Any]:
-    """Milliseconds that each frame takes beside preprocess and invoke, until the next one is asked for."""
+    """Milliseconds that each frame takes beside invoke, until the next one is asked for."""
     arguments = (model, video, broker, threads, frames, folder / "timed")
     timed = subprocess.run(
         [sys.executable, "-c", _TIMED, *map(str, arguments)], capture_output=True, text=True, timeout=600
@@ -282,7 +282,7 @@ def measure(model: Path, video: Path, options: argparse.Namespace, broker: str, 
             print(f"   edgekit run against it {text}", end="")
         print()
     p50, p99 = np.percentile(added, [50, 99])
-    print(f"  beside preprocess and invoke   p50 {p50:.3f} ms, p99 {p99:.3f} ms, at most {added.max():.2f} ms")
+    print(f"  beside invoke, a frame          p50 {p50:.3f} ms, p99 {p99:.3f} ms, at most {added.max():.2f} ms")
     for name, (rss, pss) in used.items():
         print(f"  memory of {name:20} RSS {rss:6.1f} MB, PSS {pss:6.1f} MB")
     print(f"  beyond the bare process        RSS {beyond[0]:6.1f} MB, PSS {beyond[1]:6.1f} MB", flush=True)
