@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import edgekit
 from edgekit import runtimes
-from edgekit.broker import parse_broker
+from edgekit.broker import is_embedded, parse_broker
 from edgekit.bundle import Bundle
 from edgekit.custom_ops import Ops
 from edgekit.devices.commands import Commands
@@ -28,9 +29,11 @@ from edgekit.devices.publisher import Publisher
 from edgekit.devices.results import Result, new_boot_id
 from edgekit.devices.spool import Spool, spool_folder
 from edgekit.devices.stream import Stream, open_source, read_bundle
-from edgekit.embedded_broker import EmbeddedBroker, is_embedded
 from edgekit.errors import EdgekitError
 from edgekit.messages import HealthMessage, InfoMessage, SpoolHealth, Versions, default_device_id
+
+if TYPE_CHECKING:
+    from edgekit.embedded_broker import EmbeddedBroker
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +51,7 @@ class Device:
 
     Args:
         stop: ends the run when set.
-        patient: a live source that cannot be opened now is waited for.
+        patient: it is a service, by a configuration file: a live source that cannot be opened now is waited for.
         ops: kernels of custom operators, instead of the paths of the configuration.
         on_result: called with what came of each frame when it has been given to the publisher, one at a time.
 
@@ -119,13 +122,14 @@ class Device:
 
     def _connect(self, config: Config) -> None:
         finite = not any(stream.live for stream in self.streams.values())
-        embedded = (
-            EmbeddedBroker(config.broker) if isinstance(config.broker, str) and is_embedded(config.broker) else None
-        )
-        if embedded:
-            self._stack.enter_context(embedded)
+        embedded: EmbeddedBroker | None = None
+        if is_embedded(config.broker):
+            from edgekit.embedded_broker import EmbeddedBroker  # with asyncio, of which nothing else has need
+
+            embedded = self._stack.enter_context(EmbeddedBroker(config.broker))
         address = embedded.address if embedded else parse_broker(config.broker)
-        name = ".".join([self.device_id, *self.streams]) if len(self.streams) == 1 else self.device_id
+        # A configuration may have other streams tomorrow.
+        name = self.device_id if self._patient else ".".join([self.device_id, *self.streams])
         # An embedded broker ends with this process: what it does not get is not for another one.
         in_memory = embedded or config.spool == "none"
         path = None if in_memory else spool_folder(config.spool) / f"{name}.sqlite"

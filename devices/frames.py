@@ -6,10 +6,11 @@ import random
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from types import TracebackType
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,14 @@ from edgekit.messages import FileInput, printable
 
 # How long to wait before a camera or microphone that was lost is tried again, at first and at most.
 RETRY_S, MAX_RETRY_S = 0.5, 30.0
+
+
+class Prepared(NamedTuple):
+    """The input tensor that ``by`` made of an image ahead, in ``took_s``."""
+
+    tensor: npt.NDArray[Any]
+    by: object
+    took_s: float
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class Frame:
     window_start: datetime | None = None
     begins: bool = False
     complete: bool = True
+    prepared: Prepared | None = None
 
 
 class Source:
@@ -55,10 +65,12 @@ class Source:
         dropped: how many of them it gave to no one, because there was another.
         gaps: how often sound was lost, or a camera lost and regained.
         lost: it gives nothing now, and is tried again.
+        prepare: what makes the input tensor of an image in BGR. A source that reads ahead does that too.
     """
 
     live = False
     lost = False
+    prepare: Callable[..., npt.NDArray[Any]] | None = None
 
     def __init__(self, spec: str, stop: threading.Event) -> None:
         self.name, self.stop = public_name(spec), stop

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,13 +16,12 @@ from edgekit.messages import DelegateHealth, HealthMessage, Percentiles, SpoolHe
 
 if TYPE_CHECKING:
     from edgekit.devices.pipeline import Pipeline
+    from edgekit.devices.results import Marks
 
 # Predictions that are remembered, and for how long they count as recent.
 _MOST, _RECENT_S = 1024, 10.0
 # Of the time from a frame to its prediction: waiting to be taken up, and so on; and what came after it.
 STAGES = ("wait", "preprocess", "inference", "decode", "publish")
-# Types of thermal zones that are of the processor: cpu-thermal (Raspberry Pi, Jetson), x86_pkg_temp, soc-thermal.
-_OF_CPU = re.compile(r"cpu|pkg|soc", re.IGNORECASE)
 
 
 class Recent:
@@ -35,13 +33,11 @@ class Recent:
         self._at_s, self._s = np.zeros(_MOST), np.zeros((_MOST, len(STAGES) + 1))
         self._count = 0
 
-    def add(self, *marks_s: float) -> None:
-        """A prediction was made: when its frame was captured, and when it was taken up, preprocessed, inferred and
-        decoded, on the monotonic clock."""
-        row = self._s[self._count % _MOST]
-        row[: len(STAGES) - 1] = np.diff(marks_s)
-        row[-2], row[-1] = 0.0, marks_s[-1] - marks_s[0]
-        self._at_s[self._count % _MOST] = marks_s[-1]
+    def add(self, marks: Marks) -> None:
+        """A prediction was made."""
+        place = self._count % _MOST
+        self._s[place] = (*marks.stages_s(), 0.0, marks.decoded_s - marks.captured_s)
+        self._at_s[place] = marks.decoded_s
         self._count += 1
 
     def published(self, took_s: float) -> None:
@@ -68,18 +64,6 @@ def percentiles_ms(seconds: npt.NDArray[np.float64]) -> Percentiles:
     if not len(seconds):
         return Percentiles(None, None, None)
     return Percentiles(*(1e3 * np.percentile(seconds, [50, 95, 99])).round(3).tolist())
-
-
-def cpu_temp_c(zones: Path = Path("/sys/class/thermal")) -> float | None:
-    """The processor's temperature, the highest where there are several; None where the system does not tell."""
-    found = []
-    for zone in zones.glob("thermal_zone*"):
-        try:
-            if _OF_CPU.search((zone / "type").read_text()):
-                found.append(int((zone / "temp").read_text()) / 1000)
-        except (OSError, ValueError):  # a sensor that is asleep
-            continue
-    return round(max(found), 1) if found else None
 
 
 def rss_bytes() -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -117,13 +117,14 @@ class Model:
         self._unheard: npt.NDArray[np.float32] = np.empty(0, np.float32)
         self._heard: npt.NDArray[Any] = np.empty(0, np.float32)
 
-    def preprocess(self, *given: Any) -> npt.NDArray[Any]:
-        """An image, a window of sound or the next hop of a stream -> the input tensor of the delegate in use; arguments
-        as :class:`~edgekit.preprocess.ImagePreprocessor`, :class:`~edgekit.audio_preprocess.WindowPreprocessor` or
-        :class:`~edgekit.audio_preprocess.StreamPreprocessor` has them. Here a delegate that was tried again takes over.
-        """
+    @property
+    def preprocess(self) -> Callable[..., npt.NDArray[Any]]:
+        """Makes an image, a window of sound or the next hop of a stream the input tensor of the delegate in use:
+        :class:`~edgekit.preprocess.ImagePreprocessor`, :class:`~edgekit.audio_preprocess.WindowPreprocessor` or
+        :class:`~edgekit.audio_preprocess.StreamPreprocessor`. Another delegate, which has another one, takes over when
+        it is asked for."""
         self._chain.renew()
-        return self._chain.active.preprocess(*given)
+        return self._chain.active.preprocess
 
     def invoke(self, tensor: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The input tensor, as :meth:`preprocess` makes it -> the raw output, shape (classes,). A stream goes on.

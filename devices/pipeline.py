@@ -306,11 +306,15 @@ class Pipeline:
         if frame.error:
             self._fail(frame, "unreadable", frame.error)
             return None
-        started_s = time.monotonic()
+        started_s, preprocess, ahead_s = time.monotonic(), model.preprocess, 0.0
         try:
-            tensor = (
-                model.preprocess(frame.samples) if frame.image_bgr is None else model.preprocess(frame.image_bgr, "bgr")
-            )
+            if frame.prepared and frame.prepared.by is preprocess:
+                tensor, _, ahead_s = frame.prepared
+            elif frame.image_bgr is None:
+                tensor = preprocess(frame.samples)
+            else:
+                tensor = preprocess(frame.image_bgr, "bgr")
+                self.source.prepare = preprocess
             preprocessed_s = time.monotonic()
             raw = model.invoke(tensor)
             inferred_s = time.monotonic()
@@ -341,10 +345,10 @@ class Pipeline:
                 config.smoothing,
                 config.hysteresis,
             )
-        marks = Marks(frame.captured_s, started_s, preprocessed_s, inferred_s, time.monotonic())
+        marks = Marks(frame.captured_s, started_s, preprocessed_s, inferred_s, time.monotonic(), ahead_s)
         result = self._results.make(frame, scores, predictions, marks, model.delegate, self._clock_step_s)
         self._clock_step_s = 0.0
-        self.recent.add(*marks)
+        self.recent.add(marks)
         return result
 
     def _watch_clock(self, frame: Frame) -> None:

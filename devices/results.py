@@ -34,13 +34,24 @@ class Result(NamedTuple):
 
 
 class Marks(NamedTuple):
-    """When a frame was captured, taken up, preprocessed, inferred and decoded; s on the monotonic clock."""
+    """When a frame was captured, taken up, preprocessed, inferred and decoded; s on the monotonic clock. ``ahead_s``:
+    how long it was preprocessed before that."""
 
     captured_s: float
     started_s: float
     preprocessed_s: float
     inferred_s: float
     decoded_s: float
+    ahead_s: float = 0.0
+
+    def stages_s(self) -> tuple[float, float, float, float]:
+        """Waiting, preprocessing, inference and decoding."""
+        return (
+            self.started_s - self.captured_s,
+            self.preprocessed_s - self.started_s + self.ahead_s,
+            self.inferred_s - self.preprocessed_s,
+            self.decoded_s - self.inferred_s,
+        )
 
 
 def new_boot_id() -> str:
@@ -73,6 +84,7 @@ class Results:
         """Of a frame whose classes have these ``scores``, (classes,), and of which ``predictions`` are named."""
         changes = self.decisions.update(scores)
         self.seq += 1
+        _, preprocess_s, inference_s, _ = marks.stages_s()
         captured_at = self._captured_at = timestamp(frame.captured_at)
         prediction = PredictionMessage(
             schema="edgekit.prediction/1",
@@ -86,8 +98,8 @@ class Results:
             bundle=self.bundle_ref,
             delegate=delegate,
             latency_ms=Latency(
-                round(1e3 * (marks.preprocessed_s - marks.started_s), 3),
-                round(1e3 * (marks.inferred_s - marks.preprocessed_s), 3),
+                round(1e3 * preprocess_s, 3),
+                round(1e3 * inference_s, 3),
                 round(1e3 * (marks.decoded_s - marks.captured_s), 3),
             ),
             clock_step_s=round(clock_step_s, 3) if clock_step_s else None,

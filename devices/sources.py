@@ -6,6 +6,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from edgekit.audio import AUDIO_SUFFIXES
 from edgekit.devices.cameras import Hints, camera_opener
-from edgekit.devices.frames import Frame, Source, public_name
+from edgekit.devices.frames import Frame, Prepared, Source, public_name
 from edgekit.devices.live import LiveSource
 from edgekit.errors import EdgekitError, SourceError
 from edgekit.messages import FileInput, printable
@@ -44,12 +45,13 @@ class Picture(NamedTuple):
 class FileSource(Source):
     """Images of files: all of them, in order, each with the time at which it was asked for.
 
-    A thread reads ahead, so that decoding the next ones costs no time beside an inference.
+    A thread reads ahead, and prepares what it read for the model while it is in the cache, so that decoding the next
+    ones costs no time beside an inference.
     """
 
     def __init__(self, spec: str, stop: threading.Event) -> None:
         super().__init__(spec, stop)
-        self._ahead: queue.SimpleQueue[Picture | Exception | None] = queue.SimpleQueue()
+        self._ahead: queue.SimpleQueue[tuple[Picture | Exception | None, Prepared | None]] = queue.SimpleQueue()
         self._room = threading.Semaphore(READ_AHEAD)
         self._ended = False
         self._thread = threading.Thread(target=self._read_ahead, name=f"source {self.name}", daemon=True)
@@ -65,15 +67,25 @@ class FileSource(Source):
                 picture = next(pictures, None)
             except Exception as error:
                 picture = error
-            self._ahead.put(picture)
+            self._ahead.put((picture, self._prepared(picture)))
             if not isinstance(picture, Picture):
                 return
+
+    def _prepared(self, picture: Picture | Exception | None) -> Prepared | None:
+        if not (prepare := self.prepare) or not isinstance(picture, Picture) or picture.image_bgr is None:
+            return None
+        began_s = time.monotonic()
+        try:
+            tensor = prepare(picture.image_bgr, "bgr")
+        except EdgekitError:  # which whoever takes the frame finds too
+            return None
+        return Prepared(tensor, prepare, time.monotonic() - began_s)
 
     def _frames(self) -> Iterator[Frame]:
         self._thread.start()
         while not self.stop.is_set():
             try:
-                picture = self._ahead.get(timeout=_NOTICE_S)
+                picture, prepared = self._ahead.get(timeout=_NOTICE_S)
             except queue.Empty:
                 continue
             if isinstance(picture, Exception):
@@ -81,7 +93,7 @@ class FileSource(Source):
             if picture is None:
                 return
             self._room.release()
-            yield Frame(*picture)
+            yield Frame(*picture, prepared=prepared)
 
     def close(self) -> None:
         self._ended = True

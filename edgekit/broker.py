@@ -7,11 +7,15 @@ import os
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from paho.mqtt.enums import MQTTProtocolVersion
 
 from edgekit.errors import BrokerError
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +66,11 @@ class BrokerAddress:
                 mend="check --cafile, --cert and --key",
             ) from error
         return context
+
+
+def is_embedded(url: str | BrokerAddress) -> TypeIs[str]:
+    """Whether it asks for a broker in this process."""
+    return isinstance(url, str) and (url == "embedded" or url.startswith("embedded:"))
 
 
 def parse_broker(

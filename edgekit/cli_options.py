@@ -49,10 +49,10 @@ def broker_options(function: Callable[..., None]) -> Callable[..., None]:
     @click.option("--password-file", metavar="FILE", help="The broker's password, in the first line of this file.")
     @functools.wraps(function)
     def wrapped(broker: str, **options: Any) -> None:
-        from edgekit.broker import parse_broker
+        from edgekit.broker import is_embedded, parse_broker
 
         files = {name: options.pop(name) for name in ("cafile", "certfile", "keyfile", "password_file")}
-        is_url = broker not in ("none", "embedded") and not broker.startswith("embedded:")
+        is_url = broker != "none" and not is_embedded(broker)
         address = parse_broker(broker, **files) if is_url else broker
         if is_url and urlsplit(broker).password:
             logger.warning("the password in --broker shows in the process list; give --password-file instead")

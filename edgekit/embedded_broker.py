@@ -19,10 +19,6 @@ from edgekit.errors import BrokerError
 logger = logging.getLogger(__name__)
 
 
-def is_embedded(url: str) -> bool:
-    return url == "embedded" or url.startswith("embedded://")
-
-
 class EmbeddedBroker:
     """A broker that serves while the ``with`` block lasts: MQTT 3.1.1, no authentication, nothing kept on disk.
 
