@@ -70,24 +70,24 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_newest_frame_wins_unless_told_otherwise(camera: NetworkCamera, until: Callable[..., None]) -> None:
     with open_source(camera.url) as source:
         given = iter(source)
-        first = number_of(next(given))
-        until(lambda: source.captured > 30)
-        assert source.live and number_of(next(given)) - first > 25
-    assert source.captured > 30 and source.captured == 2 + source.dropped
+        first, captured = number_of(next(given)), source.captured
+        until(lambda: source.captured > captured + 20)
+        assert source.live and number_of(next(given)) - first > 20
+    assert source.captured == 2 + source.dropped
     assert not threads_of(source)
 
 
 def test_drop_newest_keeps_what_waits(camera: NetworkCamera, until: Callable[..., None]) -> None:
     with open_source(camera.url, drop="newest") as source:
         given = iter(source)
-        first = number_of(next(given))
-        until(lambda: source.captured > 30)
-        before_s = time.monotonic()
-        second = next(given)
-        assert number_of(second) - first <= 3
-        # its time is that of the picture, not that of its use
-        assert second.captured_s < before_s - 0.1
-        assert second.captured_at.timestamp() == pytest.approx(second.captured_s + second.clock_offset_s, abs=1e-3)
+        next(given)
+        captured = source.captured
+        until(lambda: source.captured > captured)
+        waits_since_s = time.monotonic()
+        until(lambda: source.captured > captured + 20)
+        frame = next(given)
+        assert frame.captured_s < waits_since_s  # the time of the picture, not that of its use
+        assert frame.captured_at.timestamp() == pytest.approx(frame.captured_s + frame.clock_offset_s, abs=1e-3)
     assert source.captured == 2 + source.dropped
 
 
@@ -142,25 +142,31 @@ def test_camera_that_stalls_is_opened_anew(
 
 
 @pytest.fixture
-def hanging(camera: NetworkCamera, monkeypatch: pytest.MonkeyPatch) -> NetworkCamera:
-    """A read of it, when it is stalled, does not return; nor does opening it."""
+def hanging(camera: NetworkCamera, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Source]:
+    """Opens the camera. A read of it, when it is stalled, does not return; nor does opening it again."""
+
+    def open_it() -> Source:
+        begun_s = time.monotonic()
+        source = open_source(camera.url)
+        # On a slow machine nothing is to be taken for hung that is not.
+        monkeypatch.setattr(live, "STALL_S", max(0.4, 4 * (time.monotonic() - begun_s)))
+        return source
+
     monkeypatch.setattr(cameras, "READ_TIMEOUT_S", 60.0)
-    monkeypatch.setattr(live, "STALL_S", 0.4)
     monkeypatch.setattr(live, "CLOSE_S", 0.1)
-    return camera
+    return open_it
 
 
 def test_camera_that_hangs_is_opened_by_another_thread(
-    hanging: NetworkCamera, until: Callable[..., None], caplog: pytest.LogCaptureFixture
+    camera: NetworkCamera, hanging: Callable[[], Source], until: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with Watched(open_source(hanging.url)) as watched:
+    with Watched(hanging()) as watched:
         source = watched.source
         until(lambda: watched.frames)
-        hanging.stalled = True
-        until(lambda: source.lost)
-        assert "has given nothing for 0.4 s; trying again until it does" in caplog.text
-        assert len(threads_of(source)) >= 2
-        hanging.stalled = False  # the calls that hung return, with a frame each: it is used of one thread alone
+        camera.stalled = True
+        until(lambda: "has given nothing for" in caplog.text)
+        assert source.lost and len(threads_of(source)) >= 2
+        camera.stalled = False  # the calls that hung return, with a frame each: it is used of one thread alone
         seen = len(watched.frames)
         until(lambda: len(watched.frames) > seen + 10)
         until(lambda: len(threads_of(source)) == 1)
@@ -171,36 +177,39 @@ def test_camera_that_hangs_is_opened_by_another_thread(
 
 
 def test_no_more_than_a_few_threads_hang(
-    hanging: NetworkCamera,
+    camera: NetworkCamera,
+    hanging: Callable[[], Source],
     until: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(live, "MAX_ABANDONED", 1)
-    with Watched(open_source(hanging.url)) as watched:
+    with Watched(hanging()) as watched:
         until(lambda: watched.frames)
-        hanging.stalled = True
+        camera.stalled = True
         until(lambda: "2 threads hang that opened source" in caplog.text)
         time.sleep(1)
         assert len(threads_of(watched.source)) == 2 and len(warnings(caplog)) == 2
-        hanging.stalled, seen = False, len(watched.frames)
+        camera.stalled, seen = False, len(watched.frames)
         until(lambda: len(watched.frames) > seen + 3)
 
 
 @pytest.mark.parametrize("trouble", ["hangs", "is gone"])
-def test_source_ends_while_its_camera(hanging: NetworkCamera, until: Callable[..., None], trouble: str) -> None:
-    source = open_source(hanging.url)
+def test_source_ends_while_its_camera(
+    camera: NetworkCamera, hanging: Callable[[], Source], until: Callable[..., None], trouble: str
+) -> None:
+    source = hanging()
     with Watched(source) as watched:
         until(lambda: watched.frames)
         if trouble == "hangs":
-            hanging.stalled = True
+            camera.stalled = True
         else:
-            hanging.kill()
+            camera.kill()
         until(lambda: source.lost)
     if trouble == "hangs":
-        hanging.stalled = False
+        camera.stalled = False
     else:
-        hanging.start()
+        camera.start()
     captured = source.captured
     until(lambda: not threads_of(source))
     assert source.captured == captured
@@ -230,10 +239,14 @@ def test_patient_source_waits_for_its_camera(
     assert len(told) == 2 and "cannot be opened" in told[0] and "gives frames, after" in told[1]
 
 
-def test_camera_that_does_not_answer_at_the_start_is_an_error(hanging: NetworkCamera) -> None:
-    hanging.stalled = True
+def test_camera_that_does_not_answer_at_the_start_is_an_error(
+    camera: NetworkCamera, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "STALL_S", 0.4)
+    monkeypatch.setattr(live, "CLOSE_S", 0.1)
+    camera.stalled = True
     with pytest.raises(SourceError, match=r"did not answer for 0\.4 s; check the camera or the network"):
-        open_source(hanging.url)
+        open_source(camera.url)
 
 
 def test_frame_of_another_size_is_taken(camera: NetworkCamera, until: Callable[..., None]) -> None:
