@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from edgekit import bundle, runtimes
 from edgekit.bundle import File
+from edgekit.devices.delegates import EDGE_TPU_LIBRARY, compiled_path
 from edgekit.devices.interpreter import Model
 from edgekit.errors import EdgekitError
 from edgekit.manifest import AudioInput, ImageInput
@@ -24,7 +25,6 @@ from edgekit.runtimes import Runtime
 from edgekit.sandbox import Sandbox, SandboxError, alternate
 
 SCHEMA: Literal["edgekit.bench/1"] = "edgekit.bench/1"
-EDGE_TPU_LIBRARY = "libedgetpu.so.1"
 # A camera's frame.
 FRAME_WH = (1280, 720)
 
@@ -60,9 +60,9 @@ class Inference(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stages(msgspec.Struct, frozen=True, kw_only=True):
-    """The stages of the pipeline on what ``given`` tells, in the runtime and with the threads that :func:`edgekit.load`
-    takes by itself: a 1280 x 720 frame, a window of sound or, where it streams, a hop. A ``problem`` says why there are
-    none."""
+    """The stages of the pipeline on what ``given`` tells, on the CPU, in the runtime and with the threads that
+    :func:`edgekit.load` takes by itself: a 1280 x 720 frame, a window of sound or, where it streams, a hop. A
+    ``problem`` says why there are none."""
 
     bundle: str
     given: str = ""
@@ -149,7 +149,7 @@ def bench(
 
 def _model(file: File, delegate: str) -> Path:
     """What is loaded: for Coral the compiled model beside the bundle, where it is."""
-    compiled = file.path.with_name(f"{file.path.stem}_edgetpu.tflite")
+    compiled = compiled_path(file.path)
     return compiled if delegate == "coral" and compiled.exists() else file.path
 
 
@@ -210,7 +210,7 @@ def _stages(file: File, seconds: float, ops: Sequence[str | os.PathLike[str]]) -
         of_bundle = bundle.classifier(file)
         given, frame = _frame(of_bundle.input)
         marks: list[tuple[float, ...]] = []
-        with Model(of_bundle, ops=ops) as model:
+        with Model(of_bundle, delegate="cpu", ops=ops) as model:
             started_s = time.perf_counter()
             while (now_s := time.perf_counter()) - started_s < seconds or len(marks) < 10:
                 tensor = model.preprocess(*frame)

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from edgekit.audio_preprocess import StreamPreprocessor, WindowPreprocessor
 from edgekit.bundle import Bundle
@@ -15,11 +15,11 @@ from edgekit.custom_ops import CustomOpResolver, Ops
 from edgekit.devices import delegates
 from edgekit.devices.backend import Backend, Interpreted
 from edgekit.devices.delegates import AbsentError, Plan
-from edgekit.devices.isolated import Isolated
 from edgekit.errors import BundleError, EdgekitError, InferenceError
 from edgekit.manifest import AudioInput
 
 if TYPE_CHECKING:
+    from edgekit.devices.isolated import Isolated
     from edgekit.preprocess import ImagePreprocessor
 
 logger = logging.getLogger(__name__)
@@ -108,8 +108,8 @@ class Chain:
         elif failed.rank + 1 < len(self._candidates):
             self.active = self._first(failed.rank + 1)
         else:
-            worked = isinstance(failed.backend, Isolated) and failed.backend.worked
-            self._failures = 1 if worked else self._failures + 1
+            worker = _worker(failed.backend)
+            self._failures = 1 if worker and worker.worked else self._failures + 1
             if self._failures >= MAX_FAILURES:
                 raise BundleError(f"{what}, {self._failures} times in a row", mend=mend)
             self.active = self._first(failed.rank)
@@ -180,6 +180,8 @@ class Chain:
                 file.content, file.path, runtime=self._runtime, threads=self._threads, ops=self._ops
             )
         ops = self._ops.paths if isinstance(self._ops, CustomOpResolver) else self._ops
+        from edgekit.devices.isolated import Isolated  # which few need
+
         worker = Isolated(plan, runtime=self._runtime, threads=self._threads, ops=ops, hang_s=self._hang_s)
         self._workers.add(worker)
         return plan, worker
@@ -191,7 +193,7 @@ class Chain:
             EdgekitError: it does not load, or does not fit the bundle.
         """
         try:
-            if isinstance(backend, Isolated) and not backend.loaded(wait_s):
+            if (worker := _worker(backend)) and not worker.loaded(wait_s):
                 return None
             if plan.library and backend.operators_delegated == 0:
                 raise BundleError(f"takes none of the {backend.operators} operators")
@@ -231,8 +233,12 @@ class Chain:
 
     def _end(self, backend: Backend) -> None:
         backend.close()
-        if isinstance(backend, Isolated):
-            self._workers.discard(backend)
+        if worker := _worker(backend):
+            self._workers.discard(worker)
 
     def _was_closed(self) -> BundleError:
         return BundleError(f"bundle {self._bundle.file.path}: the model was closed", mend="load it again")
+
+
+def _worker(backend: Backend) -> Isolated | None:
+    return cast("Isolated", backend) if backend.isolated else None

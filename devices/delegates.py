@@ -166,9 +166,13 @@ def _coral(bundle: Bundle) -> Plan:
     if not is_installed(EDGE_TPU_LIBRARY):
         raise AbsentError(
             f"delegate coral: {EDGE_TPU_LIBRARY} is not installed",
-            mend="apt-get install libedgetpu1-std (docs/delegates.md)",
+            mend="install libedgetpu1-std (https://coral.ai/docs/accelerator/get-started)",
         )
-    mend = "check that the Edge TPU is plugged in, and that this user may use it (group plugdev)"
+    # Google's library is of 2021, and crashes in later runtimes: google-coral/edgetpu issue 812.
+    mend = (
+        "check that the Edge TPU is plugged in, that this user may use it (group plugdev), and that the library was "
+        "built for this runtime"
+    )
     return Plan("coral", file, EDGE_TPU_LIBRARY, mend=mend)
 
 

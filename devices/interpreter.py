@@ -253,7 +253,7 @@ def load(
         path: the bundle.
         labels: a label file to use instead of the packed one.
         delegate: ``cpu``, ``coral``, ``gpu`` or the path of a delegate library, with ``,KEY=VALUE`` behind it for each
-            option; ``auto`` takes the first of coral, gpu and cpu that works.
+            option; ``auto`` takes the first that works, in the order of the profile of this machine.
         threads: threads of the CPU kernels.
         runtime: ``litert`` or ``tflite-runtime``; None takes LiteRT where it is installed, else tflite-runtime.
         ops: kernels of custom operators beside EdgeKit's own: a :class:`edgekit.CustomOpResolver`, or the libraries
@@ -265,6 +265,14 @@ def load(
         EdgekitError: with ``strict``, what the delegate needs is not here.
         RuntimeMissingError: no TFLite runtime is installed.
     """
+    from edgekit.devices import profiles  # which one that is given its order has no need of
+
     return Model(
-        bundles.read(path, labels), delegate=delegate, threads=threads, runtime=runtime, ops=ops, strict=strict
+        bundles.read(path, labels),
+        delegate=delegate,
+        threads=threads,
+        runtime=runtime,
+        ops=ops,
+        strict=strict,
+        order=profiles.detect().delegates if delegate == "auto" else ORDER,
     )

@@ -10,8 +10,8 @@ import numpy as np
 
 from edgekit import custom_ops, runtimes
 from edgekit.bundle import read
-from edgekit.devices.bench import EDGE_TPU_LIBRARY
 from edgekit.devices.config import StreamConfig
+from edgekit.devices.delegates import EDGE_TPU_LIBRARY
 from edgekit.devices.finding import Finding, failed, from_error, missing, ok
 from edgekit.devices.frames import public_name
 from edgekit.devices.profiles import Profile

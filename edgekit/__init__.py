@@ -11,6 +11,7 @@ from edgekit.errors import (
     BundleError,
     ConversionError,
     EdgekitError,
+    InferenceError,
     RuntimeMissingError,
     SourceError,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "ConversionError",
     "CustomOpResolver",
     "EdgekitError",
+    "InferenceError",
     "Prediction",
     "RuntimeMissingError",
     "SourceError",
