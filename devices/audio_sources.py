@@ -89,9 +89,17 @@ class MicrophoneSource(Source):
 
     live = True
 
-    def __init__(self, spec: str, stop: threading.Event, name: str, input: AudioInput, patient: bool = False) -> None:
+    def __init__(
+        self,
+        spec: str,
+        stop: threading.Event,
+        name: str,
+        input: AudioInput,
+        patient: bool = False,
+        preferred: str = "",
+    ) -> None:
         super().__init__(spec, stop)
-        self._asked_for, self._input = name, input
+        self._asked_for, self._input = (name, preferred), input
         self._cutter = Cutter(input)
         self._changed = threading.Condition()
         hop_s = input.hop_samples / input.sample_rate_hz
@@ -99,7 +107,7 @@ class MicrophoneSource(Source):
         self._most = max(int(MAX_BACKLOG_S / hop_s), 2) if input.streaming else 1
         self._ended = threading.Event()
         self._heard_s: float | None = None  # the end of the last sound, on the monotonic clock
-        self._microphone = Microphone(name)
+        self._microphone = Microphone(name, preferred)
         if not patient:
             try:
                 self._open()
@@ -158,7 +166,7 @@ class MicrophoneSource(Source):
             if self._ended.wait(wait_s):
                 return
             self._microphone.close()
-            self._microphone = Microphone(self._asked_for)
+            self._microphone = Microphone(*self._asked_for)
             if self._ended.is_set():  # close() may have ended the one before
                 return
             try:
@@ -215,7 +223,13 @@ class MicrophoneSource(Source):
 
 
 def open_audio_source(
-    spec: str, input: AudioInput, *, loop: bool = False, stop: threading.Event | None = None, patient: bool = False
+    spec: str,
+    input: AudioInput,
+    *,
+    loop: bool = False,
+    stop: threading.Event | None = None,
+    patient: bool = False,
+    preferred: str = "",
 ) -> Source:
     """Opens a source of sound by its name on the command line.
 
@@ -225,6 +239,7 @@ def open_audio_source(
         loop: start a file again at its end.
         stop: ends the iteration when set.
         patient: wait for a microphone that cannot be opened yet.
+        preferred: a part of the name of the microphone that ``mic`` is, where there is such a one.
 
     Raises:
         SourceError: there is no such source, or it cannot be opened.
@@ -232,7 +247,7 @@ def open_audio_source(
     stop = stop or threading.Event()
     kind, _, name = spec.partition(":")
     if kind == "mic":
-        return MicrophoneSource(spec, stop, name, input, patient)
+        return MicrophoneSource(spec, stop, name, input, patient, preferred)
     path = Path(spec)
     if kind == "camera" or "://" in spec or (spec and path.is_dir()):
         raise SourceError(

@@ -130,7 +130,7 @@ def _csi(needed: bool) -> Finding:
 def microphone(profile: Profile, name: str = "", *, needed: bool = False) -> Finding:
     """Records a moment of sound. ``name`` as of :class:`Microphone`."""
     check = f"mic:{name}" if name else "mic"
-    recording = Microphone(name)
+    recording = Microphone(name, profile.audio.microphone)
     try:
         recording.open()
         samples = recording.read().samples

@@ -46,16 +46,17 @@ class Microphone:
 
     Args:
         name: the device, or a part of its name; empty for the default one.
+        preferred: a part of the name of one that is taken before the default one, where it is there.
 
     Attributes:
         name, sample_rate_hz, channels: of the device, known after :meth:`open`.
     """
 
-    def __init__(self, name: str = "") -> None:
+    def __init__(self, name: str = "", preferred: str = "") -> None:
         self.name, self.sample_rate_hz, self.channels = name, 0, 0
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._recorder = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("recorder.py"), name],
+            [sys.executable, Path(__file__).with_name("recorder.py"), name, preferred],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -1,4 +1,4 @@
-"""Records from a microphone, driven through pipes: ``recorder.py [NAME]``. The other side is
+"""Records from a microphone, driven through pipes: ``recorder.py [NAME [PREFERRED]]``. The other side is
 :class:`edgekit.devices.microphone.Microphone`.
 
 A process of its own: sound drivers print lines of their own, may block for ever in a call when the device or the sound
@@ -42,8 +42,9 @@ class UnavailableError(Exception):
         self.answer = {"error": error, "mend": mend}
 
 
-def find(audio: Any, name: str) -> dict[str, Any]:
-    """The device whose name is or holds ``name``, or the default one.
+def find(audio: Any, name: str, preferred: str = "") -> dict[str, Any]:
+    """The device whose name is or holds ``name``. Without one, a device whose name holds ``preferred``, or the default
+    one.
 
     Raises:
         UnavailableError: there is none.
@@ -53,6 +54,8 @@ def find(audio: Any, name: str) -> dict[str, Any]:
     if not inputs:
         raise UnavailableError("there is no microphone", "plug one in; `arecord -l` lists those the system knows")
     if not name:
+        if preferred and (matches := [device for device in inputs if preferred.lower() in device["name"].lower()]):
+            return dict(matches[0])
         try:
             return dict(audio.get_default_input_device_info())
         except OSError:
@@ -99,7 +102,7 @@ def _end_with_stdin() -> None:
     os._exit(0)
 
 
-def main(name: str) -> None:
+def main(name: str, preferred: str = "") -> None:
     # What drivers print on standard output belongs with the other messages.
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
@@ -129,7 +132,7 @@ def main(name: str) -> None:
                 "apt-get install portaudio19-dev gcc python3-dev, then pip install 'edgekit[mic]'",
             ) from error
         audio = pyaudio.PyAudio()
-        device = find(audio, name)
+        device = find(audio, name, preferred)
         stream, channels = open_stream(pyaudio, audio, device, callback)
         found = {"name": device["name"], "sample_rate_hz": int(device["defaultSampleRate"]), "channels": channels}
     except UnavailableError as error:

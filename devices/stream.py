@@ -55,7 +55,14 @@ def open_source(
     if isinstance(bundle.input, AudioInput):
         from edgekit.devices.audio_sources import open_audio_source
 
-        return open_audio_source(config.source, bundle.input, loop=config.loop, stop=stop, patient=patient)
+        return open_audio_source(
+            config.source,
+            bundle.input,
+            loop=config.loop,
+            stop=stop,
+            patient=patient,
+            preferred=profile.audio.microphone,
+        )
     from edgekit.devices import sources
 
     return sources.open_source(

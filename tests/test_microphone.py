@@ -20,6 +20,7 @@ import edgekit
 import edgekit.devices.pipeline
 from edgekit import bundle
 from edgekit.devices.audio_sources import open_audio_source
+from edgekit.devices.microphone import Microphone
 from edgekit.errors import SourceError
 from edgekit.manifest import AudioInput
 
@@ -274,3 +275,14 @@ def test_sound_lost_between_two_blocks_is_a_gap(
             counts = run.end()
     assert counts.gaps == 1 and "gap in the sound" in caplog.text and server
     assert abs(datetime.now(timezone.utc).timestamp() - moment(run.messages[-1].window.end)) < 2
+
+
+@pytest.mark.parametrize(("preferred", "name"), [("USB", "usb_desk"), ("built-in", "default")])
+def test_microphone_that_the_profile_prefers_is_taken_where_it_is_there(
+    server: SoundServer, preferred: str, name: str
+) -> None:
+    with Path(server.environment["ALSA_CONFIG_PATH"]).open("a") as config:
+        config.write("pcm.usb_desk { type pulse }\n")
+    with Microphone("", preferred) as microphone:
+        microphone.open()
+        assert microphone.name == name
