@@ -11,9 +11,8 @@ import numpy as np
 from edgekit import custom_ops, runtimes
 from edgekit.bundle import read
 from edgekit.devices.config import StreamConfig
-from edgekit.devices.delegates import EDGE_TPU_LIBRARY
+from edgekit.devices.delegates import EDGE_TPU_LIBRARY, AbsentError, plan
 from edgekit.devices.finding import Finding, failed, from_error, missing, ok
-from edgekit.devices.frames import public_name
 from edgekit.devices.profiles import Profile
 from edgekit.errors import EdgekitError, RuntimeMissingError
 from edgekit.native_ops import listed_versions
@@ -100,23 +99,21 @@ def _bundle(stream: StreamConfig, runtime: Runtime) -> Iterator[Finding]:
         yield from_error(check, error, needed=True)
         return
     yield ok(check, f"{stream.bundle}, {len(bundle.labels)} classes", needed=True)
-    check, path = f"model of {stream.name}", Path(stream.bundle)
-    delegate = {"auto": "cpu", "coral": EDGE_TPU_LIBRARY}.get(stream.delegate, stream.delegate.partition(",")[0])
-    if stream.delegate == "coral":
-        path = path.with_name(f"{path.stem}_edgetpu.tflite")
-        if not path.exists():
-            yield missing(check, f"there is no {path}", "compile the bundle with edgetpu_compiler", needed=True)
-            return
+    check, name = f"model of {stream.name}", "cpu" if stream.delegate == "auto" else stream.delegate
     try:
-        with Sandbox(runtime, path, delegate, ops=stream.ops, timeout_s=LOAD_S) as sandbox:
+        planned = plan(name, bundle, runtime.name)
+        library = planned.library or planned.name
+        with Sandbox(runtime, planned.file.path, library, ops=stream.ops, timeout_s=LOAD_S) as sandbox:
             ms = float(sandbox.invoke(2).min())
             share = ""
             if sandbox.pieces is not None:
-                share = f", {sum(map(len, sandbox.pieces))} of {len(bundle.file.model.operators)} operators delegated"
+                share = f", {sum(map(len, sandbox.pieces))} of {len(planned.file.model.operators)} operators delegated"
+    except AbsentError as error:
+        yield missing(check, error.what, error.mend, needed=True)
     except EdgekitError as error:
         yield from_error(check, error, needed=True)
-        return
-    yield ok(check, f"runs on {public_name(stream.delegate)} in {runtime.name}, {ms:.1f} ms{share}", needed=True)
+    else:
+        yield ok(check, f"runs on {planned.name} in {runtime.name}, {ms:.1f} ms{share}", needed=True)
 
 
 def operators() -> Finding:

@@ -119,7 +119,7 @@ def test_configuration_with_what_is_not_there(configured: Callable[..., Path], f
         "source of yard", "broker",
     ]  # fmt: skip
     found = by_check(diagnosis.findings)
-    assert "int8_edgetpu.tflite" in found["model of door"].detail
+    assert found["model of door"].status == "missing" and "int8_edgetpu.tflite" in found["model of door"].detail
     assert found["camera:7"].status == "missing" and found["camera:7"].mend
     assert found["spool"].status == "failed" and "--spool-size" in found["spool"].mend
     assert "hunter2" not in str(diagnosis)
@@ -186,6 +186,14 @@ def test_delegate_that_is_not_installed_is_missing() -> None:
     found = by_check(probe.models(PI, []))
     assert found["delegate coral"].status == "missing" and "there is no libedgetpu" in found["delegate coral"].detail
     assert found["delegate coral"].mend == PI.hints["coral"]
+
+
+def test_gpu_that_is_software_computes_rightly(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = os.environ.get("EDGEKIT_TEST_VULKAN") or pytest.skip("no EDGEKIT_TEST_VULKAN here; scripts/test sets it")
+    if "litert" not in runtimes.installed():
+        pytest.skip("only LiteRT has it")
+    monkeypatch.setenv("VK_DRIVER_FILES", driver)
+    assert by_check(probe.models(COMPUTER, []))["delegate gpu"].status == "ok"
 
 
 def test_runtime_that_does_not_load_is_told_and_the_other_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
