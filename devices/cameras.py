@@ -144,6 +144,8 @@ def camera_opener(spec: str, hints: Hints | None) -> Callable[[], Camera] | None
 
 def _open_network(url: str) -> Camera:
     name = public_name(url)
+    # RTSP by TCP where the camera can: by UDP, which some releases of OpenCV try first, pictures come torn.
+    os.environ.setdefault("OPENCV_FFMPEG_CAPTURE_OPTIONS", "rtsp_flags;prefer_tcp")
     if _built_with("FFMPEG"):
         timeout_ms = int(1e3 * READ_TIMEOUT_S)
         capture = cv2.VideoCapture(

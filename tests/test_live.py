@@ -17,14 +17,15 @@ from edgekit.devices.sources import open_source
 from edgekit.errors import SourceError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from network_camera import NetworkCamera
+from network_camera import NetworkCamera, RtspCamera
 
 
 @pytest.fixture
-def camera(monkeypatch: pytest.MonkeyPatch) -> Iterator[NetworkCamera]:
+def camera(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[NetworkCamera]:
+    """By HTTP, or of the class that the test names."""
     monkeypatch.setattr(frames, "RETRY_S", 0.05)
     monkeypatch.setattr(frames, "MAX_RETRY_S", 0.2)
-    camera = NetworkCamera()
+    camera = getattr(request, "param", NetworkCamera)()
     camera.start()
     yield camera
     camera.kill()
@@ -108,6 +109,7 @@ def test_drop_of_another_kind_is_refused(camera: NetworkCamera) -> None:
         open_source(camera.url, drop="all")
 
 
+@pytest.mark.parametrize("camera", [NetworkCamera, RtspCamera], indirect=True)
 def test_camera_that_restarts_is_regained(
     camera: NetworkCamera, until: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -128,6 +130,7 @@ def test_camera_that_restarts_is_regained(
     assert "gives no more frames; trying again until it does" in told[0] and "gives frames again, after 0." in told[1]
 
 
+@pytest.mark.parametrize("camera", [NetworkCamera, RtspCamera], indirect=True)
 def test_camera_that_stalls_is_opened_anew(
     camera: NetworkCamera, until: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
