@@ -38,7 +38,7 @@ def scores(raw: npt.NDArray[Any], output: Output, scale: float = 0.0, zero_point
         NotFiniteError: a score is NaN or infinite.
     """
     if scale and raw.dtype.itemsize == 1:
-        values = _reals(raw.dtype.name, float(scale), int(zero_point))[raw.view(np.uint8)]
+        values = _reals(raw.dtype, scale, zero_point)[raw.view(np.uint8)]
     else:
         values = dequantize(raw, scale, zero_point) if scale else raw.astype(np.float32, copy=False)
     if not (math.isfinite(scale) if scale else np.isfinite(values).all()):
@@ -53,7 +53,7 @@ def scores(raw: npt.NDArray[Any], output: Output, scale: float = 0.0, zero_point
 
 
 @functools.lru_cache(maxsize=16)
-def _reals(dtype: str, scale: float, zero_point: int) -> npt.NDArray[np.float32]:
+def _reals(dtype: np.dtype[Any], scale: float, zero_point: int) -> npt.NDArray[np.float32]:
     """What each byte is. Right after an inference NumPy's code is in no cache, and each call of it costs; so one."""
     return dequantize(np.arange(256, dtype=np.uint8).view(dtype), scale, zero_point)
 
