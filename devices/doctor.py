@@ -90,7 +90,7 @@ def doctor(
         Check("operators", probe.operators),
         Check("camera", partial(machine.cameras, profile, root, needed=sources)),
         *(
-            Check("mic", partial(machine.microphone, profile, name, needed=bool(microphones)))
+            Check("mic", partial(machine.microphone, profile, name, needed=bool(microphones)), bool(microphones))
             for name in microphones or ("",)
         ),
         *(Check(f"source of {stream.name}", partial(_source, stream), needed=True) for stream in streams),

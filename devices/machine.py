@@ -57,10 +57,13 @@ def cameras(profile: Profile, root: Path = Path("/"), *, needed: tuple[str, ...]
         if not _PARTS.search(title) and (finding := _camera(device, title, device in wanted.values())):
             found.add(device)
             yield finding
-    if profile.name.startswith("raspberry-pi") or "camera:csi" in needed:
-        csi = _csi("camera:csi" in needed)
+    csi_needed = any(source.startswith("camera:csi") for source in needed)
+    if profile.name.startswith("raspberry-pi"):
+        csi = _csi(csi_needed)
         found.update([Path("csi")] if csi.status == "ok" else [])
         yield csi
+    elif csi_needed:
+        yield _csi_by_opencv()
     hint = profile.hints.get("camera", "plug one in; `v4l2-ctl --list-devices` lists those the system knows")
     absent = [source for source, device in wanted.items() if device and device not in found]
     for source in absent:
@@ -116,7 +119,10 @@ def _csi(needed: bool) -> Finding:
         return failed(check, "libcamera does not answer", "restart the device", needed=needed)
     if answer.returncode:
         why = (answer.stderr.strip().splitlines() or ["it says nothing"])[-1]
-        return failed(check, f"libcamera fails ({why})", "try `rpicam-hello --list-cameras`", needed=needed)
+        mend = "try `rpicam-hello --list-cameras`"
+        if "numpy.dtype" in why:  # https://github.com/raspberrypi/picamera2/issues/1088
+            mend = "pip install 'numpy<2' 'opencv-python-headless<4.12'"
+        return failed(check, f"picamera2 fails ({why})", mend, needed=needed)
     models = [
         camera.get("Model", "?")
         for camera in json.loads(answer.stdout.splitlines()[-1])
@@ -125,6 +131,17 @@ def _csi(needed: bool) -> Finding:
     if not models:
         return missing(check, "none on a ribbon cable", "check the cable, both ends", needed=needed)
     return ok(check, ", ".join(models), needed=needed)
+
+
+def _csi_by_opencv() -> Finding:
+    """That of a Jetson: whether OpenCV has what it takes."""
+    from edgekit.devices.cameras import camera_opener
+
+    try:
+        camera_opener("camera:csi", None)
+    except SourceError as error:
+        return from_error("camera:csi", error, needed=True)
+    return ok("camera:csi", "by GStreamer, which this OpenCV has", needed=True)
 
 
 def microphone(profile: Profile, name: str = "", *, needed: bool = False) -> Finding:

@@ -66,14 +66,14 @@ def _try(check: str, runtime: Runtime, delegate: str, hint: str = "", *, needed:
             sandbox.replay(given, made)
             y = np.load(made).reshape(2, 2, 2)
             right = np.allclose(y, np.stack([x[0, ..., 0] + x[0, ..., 2], x[0, ..., 1] - x[0, ..., 2]], -1), atol=1e-2)
-            by_xnnpack = ", with XNNPACK" if delegate == "cpu" and sandbox.pieces else ""
+            how = f", with{'' if sandbox.pieces else 'out'} XNNPACK" if delegate == "cpu" else ""
     except SandboxError as error:
         return _not_loaded(check, error.what, delegate, hint, needed=needed)
     if not right:
         return failed(check, f"{runtime.version} computes wrongly", "install another version", needed=needed)
     if delegate == "coral":
         return ok(check, f"{library} loads and has an Edge TPU", needed=needed)
-    return ok(check, f"{runtime.name} {runtime.version} computes rightly{by_xnnpack}", needed=needed)
+    return ok(check, f"{runtime.name} {runtime.version} computes rightly{how}", needed=needed)
 
 
 def _not_loaded(check: str, why: str, delegate: str, hint: str, *, needed: bool) -> Finding:

@@ -195,7 +195,8 @@ def _check_as(user: str, path: Path) -> None:
         raise EdgekitError(f"there is no user {user}", mend="make one, or give another --user") from error
     rights: dict[str, Any] = {}
     if account.pw_uid != os.getuid():
-        rights = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+        groups = os.getgrouplist(user, account.pw_gid)
+        rights = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": groups}
     code = "import json, sys; from edgekit.devices import service; print(json.dumps(service.problem(sys.argv[1])))"
     mend = f"put it where {user} may read it, as in /opt, or give another --user"
     try:
