@@ -3,6 +3,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -38,8 +39,8 @@ def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """This Python by another path, which has the EdgeKit that is tested wherever it is run."""
     path = tmp_path / "a venv 100%" / "python"
     path.parent.mkdir()
-    packages = Path(edgekit.__file__).parents[1]
-    path.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {sys.executable} "$@"\n')
+    packages = os.pathsep.join([str(Path(edgekit.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path.write_text(f'#!/bin/sh\nPYTHONPATH="{packages}" exec {sys.executable} "$@"\n')
     path.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(path))
     return path
@@ -223,11 +224,12 @@ def test_service_of_others_is_left_alone(config: Path, system: System, place: st
 
 
 def test_install_for_a_user_who_may_not_read_it_is_refused(config: Path, system: System) -> None:
-    if os.getuid():
+    others = [account.pw_name for account in pwd.getpwall() if account.pw_uid]
+    if os.getuid() or not others:
         pytest.skip("only root may act for another user")
     config.chmod(0o600)
-    with pytest.raises(EdgekitError, match="the user nobody"):
-        service.install(config, user="nobody", root=system.root)
+    with pytest.raises(EdgekitError, match=f"the user {others[0]}"):
+        service.install(config, user=others[0], root=system.root)
     assert not system.unit.exists() and system.asked == []
 
 
