@@ -3,24 +3,28 @@
     python benchmarks/runtime.py PICTURE_OR_VIDEO MODEL.tflite ... [--threads 1] [--rounds 7] [--seconds 3]
 
 A picture becomes a video of 1280 x 720 in which it moves. Needs mosquitto; ``EDGEKIT_MEDIAPIPE_PYTHON`` names a Python
-with MediaPipe. All are processes that are stopped (SIGSTOP) while it is another's turn: the bare loop fills no tensor
-and reads none, ``edgekit run`` publishes to a Mosquitto on loopback and a subscriber counts what comes, MediaPipe's
-ImageClassifier (video mode) gets the frames of the same video from OpenCV, or the same frames from memory. Memory is
-that of the processes in the end, when both have predicted about as often. Exit status 1 if a number is not reached.
+with MediaPipe. ``edgekit run`` publishes to a Mosquitto on loopback, and a subscriber counts what comes. It and what it
+is compared with (``turns.py``) are processes that wait while it is another's turn. MediaPipe is given the frames of the
+video by the same OpenCV calls, or the same frames from memory. Memory is what the processes hold in the end, when all
+have predicted for as long. Exit status 1 if a number is not reached.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,8 +32,12 @@ from typing import Any
 import cv2
 import numpy as np
 
+import edgekit
 from edgekit import Subscriber, runtimes
+from edgekit.devices.frames import Frame
 from edgekit.devices.soak.mosquitto import Mosquitto
+from edgekit.devices.sources import VideoSource
+from edgekit.messages import PredictionMessage
 from edgekit.preprocess import IMAGE_SUFFIXES
 
 FRAMES = 300
@@ -37,91 +45,52 @@ SIZE_WH = (1280, 720)
 # After the start, and after each time that it goes on: what is measured begins with this.
 SETTLE_S = 0.5
 START_S = 60.0
+WARM_UP_FRAMES = 100
 # To reach.
 RATE, ADDED_MS, MEMORY_MB = 0.9, 1.0, 40.0
 
-# Each answers a line with a number of seconds by one with how often it has invoked in so long, and how long that was.
-_TURNS = """
-import sys, time
-def turns(predict):
-    print("ready", flush=True)
-    for line in sys.stdin:
-        count, began_s = 0, time.perf_counter()
-        while (now_s := time.perf_counter()) - began_s < float(line):
-            predict()
-            count += 1
-        print(count, now_s - began_s, flush=True)
-"""
-_BARE = """
-import importlib, numpy
-interpreter = importlib.import_module(sys.argv[1]).Interpreter(sys.argv[2], num_threads=int(sys.argv[3]))
-interpreter.allocate_tensors()
-turns(interpreter.invoke)
-"""
-_MEDIAPIPE = """
-import cv2, itertools, mediapipe
-from mediapipe.tasks.python import BaseOptions, vision
-capture, number, kept = cv2.VideoCapture(sys.argv[3]), 0, []
-def decoded():
-    ok, image_bgr = capture.read()
-    if not ok:
-        capture.open(sys.argv[3])
-        ok, image_bgr = capture.read()
-    return image_bgr
-if sys.argv[1] == "memory":
-    kept = itertools.cycle([decoded() for _ in range(30)])
-def predict():
-    global number
-    number += 1
-    image_rgb = cv2.cvtColor(next(kept) if kept else decoded(), cv2.COLOR_BGR2RGB)
-    image = mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=image_rgb)
-    return classifier.classify_for_video(image, 33 * number).classifications
-options = vision.ImageClassifierOptions(
-    base_options=BaseOptions(model_asset_path=sys.argv[2]), running_mode=vision.RunningMode.VIDEO, max_results=3
-)
-with vision.ImageClassifier.create_from_options(options) as classifier:
-    turns(predict)
-"""
-# `edgekit run` in a process where each frame's way is timed: from when the source gave it to when the next one was
-# asked for, without the inference that the prediction tells of. What reads ahead preprocesses, too.
-_TIMED = """
-import os, sys, threading, time
-import edgekit
-from edgekit.devices.sources import VideoSource
-asked_s, got_s, inference_ms, stop = [], [], [], threading.Event()
-frames = VideoSource.__iter__
-def timed(source):
-    iterator = frames(source)
-    while True:
-        asked_s.append(time.perf_counter())
-        frame = next(iterator, None)
-        if frame is None:
-            return
-        got_s.append(time.perf_counter())
-        yield frame
-VideoSource.__iter__ = timed
-def count(message):
-    inference_ms.append(message.latency_ms.inference)
-    if len(inference_ms) == 100 + int(sys.argv[5]):
-        stop.set()
-edgekit.run(
-    sys.argv[1], sys.argv[2], broker=sys.argv[3], threads=int(sys.argv[4]), device_id="timed", delegate="cpu",
-    spool=sys.argv[6], loop=True, stop=stop, on_prediction=count,
-)
-for got, asked, ms in list(zip(got_s, asked_s[1:], inference_ms))[100:]:
-    print(1e3 * (asked - got) - ms)
-"""
+
+def timed(model: str, video: str, broker: str, threads: int, frames: int, spool: str, pipe: Connection) -> None:
+    """Runs, and sends the milliseconds that each frame took beside its inference: from when the source gave it to when
+    the next one was asked for."""
+    asked_s: list[float] = []
+    got_s: list[float] = []
+    inference_ms: list[float] = []
+    stop, every_frame = threading.Event(), VideoSource.__iter__
+
+    def iterate(source: VideoSource) -> Iterator[Frame]:
+        given = every_frame(source)
+        while True:
+            asked_s.append(time.perf_counter())
+            frame = next(given, None)
+            if frame is None:
+                return
+            got_s.append(time.perf_counter())
+            yield frame
+
+    def count(message: PredictionMessage) -> None:
+        inference_ms.append(message.latency_ms.inference)
+        if len(inference_ms) == WARM_UP_FRAMES + frames:
+            stop.set()
+
+    VideoSource.__iter__ = iterate  # type: ignore[method-assign]
+    edgekit.run(
+        model, video, broker=broker, threads=threads, device_id="timed", delegate="cpu", spool=spool, loop=True,
+        stop=stop, on_prediction=count,
+    )  # fmt: skip
+    each = [1e3 * (asked - got) - ms for got, asked, ms in zip(got_s, asked_s[1:], inference_ms, strict=False)]
+    pipe.send(each[WARM_UP_FRAMES:])
 
 
 class Turns:
     """A process that predicts as fast as it can while it is its turn."""
 
-    def __init__(self, script: str, *arguments: object, python: str = sys.executable) -> None:
+    def __init__(self, what: str, *arguments: object, python: str = sys.executable) -> None:
         self.process = subprocess.Popen(
-            [python, "-c", _TURNS + script, *map(str, arguments)],
+            [python, Path(__file__).with_name("turns.py"), what, *map(str, arguments)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
-        self.ended = self._answer() != "ready\n"
+        self.ended, self.count = self._answer() != "ready\n", 0
 
     def _answer(self) -> str:
         assert self.process.stdout
@@ -133,6 +102,7 @@ class Turns:
         self.process.stdin.write(f"{seconds}\n")
         self.process.stdin.flush()
         count, took_s = self._answer().split()
+        self.count += int(count)
         return int(count) / float(took_s)
 
     def __enter__(self) -> Turns:
@@ -161,17 +131,21 @@ class EdgekitRun:
             self.process.kill()
             sys.exit(f"edgekit run gives no predictions:\n{self.process.communicate()[1]}")
         self.process.send_signal(signal.SIGSTOP)
+        self._drain()
+
+    def _drain(self) -> None:
+        with suppress(TimeoutError):
+            while True:
+                self._next(0.1)
 
     def _next(self, timeout_s: float) -> tuple[int, float]:
         message = self._subscriber.next(timeout_s).prediction
         assert message
+        self.count = message.seq
         return message.seq, time.perf_counter()
 
     def rate(self, seconds: float) -> float:
         """Predictions a second that arrive, from one of them to another."""
-        with suppress(TimeoutError):
-            while True:
-                self._next(0.1)
         self.process.send_signal(signal.SIGCONT)
         began_s = time.perf_counter()
         while (first := self._next(START_S))[1] - began_s < SETTLE_S:
@@ -179,6 +153,7 @@ class EdgekitRun:
         while (last := self._next(START_S))[1] - first[1] < seconds:
             pass
         self.process.send_signal(signal.SIGSTOP)
+        self._drain()
         return (last[0] - first[0]) / (last[1] - first[1])
 
     def __enter__(self) -> EdgekitRun:
@@ -200,6 +175,14 @@ def family(pid: int) -> list[int]:
         for thread in Path(f"/proc/{pid}/task").iterdir():
             children += map(int, (thread / "children").read_text().split())
     return [pid, *(one for child in children for one in family(child))]
+
+
+def cpu_ms(pid: int) -> dict[str, float]:
+    """What each thread of the process has worked so far."""
+    return {
+        thread.name: int((thread / "schedstat").read_text().split()[0]) / 1e6
+        for thread in Path(f"/proc/{pid}/task").iterdir()
+    }
 
 
 def memory_mb(pid: int) -> tuple[float, float]:
@@ -231,15 +214,17 @@ def moving_video(picture: Path, path: Path) -> Path:
     return path
 
 
-def added_ms(model: Path, video: Path, broker: str, threads: int, frames: int, folder: Path) -> np.ndarray[Any, Any]:
-    """Milliseconds that each frame takes beside invoke, until the next one is asked for."""
-    arguments = (model, video, broker, threads, frames, folder / "timed")
-    timed = subprocess.run(
-        [sys.executable, "-c", _TIMED, *map(str, arguments)], capture_output=True, text=True, timeout=600
-    )
-    if timed.returncode:
-        sys.exit(f"edgekit.run failed:\n{timed.stderr}")
-    return np.array(timed.stdout.split(), float)
+def added_ms(model: Path, video: Path, broker: str, options: argparse.Namespace, folder: Path) -> np.ndarray[Any, Any]:
+    """What :func:`timed` sends, from a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    arguments = (str(model), str(video), broker, options.threads, options.frames, str(folder / "timed"), theirs)
+    process = context.Process(target=timed, args=arguments, daemon=True)
+    process.start()
+    theirs.close()  # so that one that ends is heard of
+    each = np.array(ours.recv())
+    process.join()
+    return each
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, str]:
@@ -249,44 +234,63 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, str]:
     return median, f"{median:.2f} ({each[0]:.2f} to {each[-1]:.2f})"
 
 
+@dataclass
+class Measured:
+    """Of one process: predictions a second in each turn, CPU time of its busiest thread for each, and memory."""
+
+    rates: list[float]
+    busiest_ms: float
+    rss_mb: float
+    pss_mb: float
+
+
+def take_turns(loops: dict[str, Turns | EdgekitRun], rounds: int, seconds: float) -> dict[str, Measured]:
+    rates: dict[str, list[float]] = {name: [] for name in loops}
+    before = {name: (loop.count, cpu_ms(loop.process.pid)) for name, loop in loops.items()}
+    for number in range(rounds):
+        # each as often before another as after it
+        for name in list(loops) if number % 2 else reversed(loops):
+            rates[name].append(loops[name].rate(seconds))
+    measured = {}
+    for name, loop in loops.items():
+        count, threads_ms = before[name]
+        worked_ms = max(ms - threads_ms.get(thread, 0.0) for thread, ms in cpu_ms(loop.process.pid).items())
+        measured[name] = Measured(rates[name], worked_ms / (loop.count - count), *memory_mb(loop.process.pid))
+    return measured
+
+
 def measure(model: Path, video: Path, options: argparse.Namespace, broker: str, folder: Path) -> bool:
     """Prints what was found; whether all numbers are reached."""
     module = runtimes.RUNTIMES[next(iter(runtimes.installed()))][0]
-    mediapipe = os.environ.get("EDGEKIT_MEDIAPIPE_PYTHON")
     with ExitStack() as stack:
-        loops: dict[str, Turns | EdgekitRun] = {}
-        loops["bare invoke"] = stack.enter_context(Turns(_BARE, module, model, options.threads))
-        loops["edgekit run"] = stack.enter_context(EdgekitRun(model, video, broker, options.threads, folder))
-        for name, where in {"MediaPipe": "video", "MediaPipe, frames in memory": "memory"}.items():
-            if mediapipe:
-                peer = stack.enter_context(Turns(_MEDIAPIPE, where, model, video, python=mediapipe))
-                if peer.ended:
-                    print(f"{model.name}: MediaPipe does not take it")
-                    break
-                loops[name] = peer
-        rates: dict[str, list[float]] = {name: [] for name in loops}
-        for number in range(options.rounds):
-            # in turns, and each as often before another as after it
-            for name in list(loops) if number % 2 else reversed(loops):
-                rates[name].append(loops[name].rate(options.seconds))
-        used = {name: memory_mb(loops[name].process.pid) for name in ("bare invoke", "edgekit run")}
-    beyond = [ours - bare for ours, bare in zip(used["edgekit run"], used["bare invoke"], strict=True)]
-    added = added_ms(model, video, broker, options.threads, options.frames, folder)
+        loops: dict[str, Turns | EdgekitRun] = {
+            "edgekit run": stack.enter_context(EdgekitRun(model, video, broker, options.threads, folder)),
+            "bare invoke": stack.enter_context(Turns("bare", module, model, options.threads)),
+            "plain loop": stack.enter_context(Turns("plain", module, model, options.threads, video)),
+        }
+        for what in ("mediapipe", "mediapipe-memory") if "EDGEKIT_MEDIAPIPE_PYTHON" in os.environ else ():
+            peer = Turns(what, model, video, python=os.environ["EDGEKIT_MEDIAPIPE_PYTHON"])
+            loops[what] = stack.enter_context(peer)
+            if peer.ended:
+                sys.exit(f"MediaPipe does not take {model.name}; unset EDGEKIT_MEDIAPIPE_PYTHON to leave it out")
+        measured = take_turns(loops, options.rounds, options.seconds)
+    added = added_ms(model, video, broker, options, folder)
+    ours = measured["edgekit run"]
     print(f"{model.name}, {options.threads} threads, {options.rounds} turns of {options.seconds:g} s each")
+    print(f"{'frames/s':>27} {'ours against it':>23} {'busiest thread':>16} {'RSS':>9} {'PSS':>9} ours has")
     good = True
-    for name, theirs in rates.items():
-        print(f"  {name:30} {statistics.median(theirs):7.1f} frames a second", end="")
-        if name != "edgekit run":
-            ratio, text = ratios(rates["edgekit run"], theirs)
-            good &= ratio >= (RATE if name == "bare invoke" else 1.0)
-            print(f"   edgekit run against it {text}", end="")
-        print()
+    for name, one in measured.items():
+        ratio, text = ratios(ours.rates, one.rates)
+        good &= ratio >= (RATE if name == "bare invoke" else 1.0)
+        beyond_mb = ours.rss_mb - one.rss_mb
+        good &= name != "plain loop" or beyond_mb < MEMORY_MB
+        print(
+            f"{name:18} {statistics.median(one.rates):8.1f} {text:>23} {one.busiest_ms:13.2f} ms "
+            f"{one.rss_mb:6.1f} MB {one.pss_mb:6.1f} MB {beyond_mb:+9.1f} MB"
+        )
     p50, p99 = np.percentile(added, [50, 99])
-    print(f"  beside invoke, a frame          p50 {p50:.3f} ms, p99 {p99:.3f} ms, at most {added.max():.2f} ms")
-    for name, (rss, pss) in used.items():
-        print(f"  memory of {name:20} RSS {rss:6.1f} MB, PSS {pss:6.1f} MB")
-    print(f"  beyond the bare process        RSS {beyond[0]:6.1f} MB, PSS {beyond[1]:6.1f} MB", flush=True)
-    return good and bool(p99 < ADDED_MS) and max(beyond) < MEMORY_MB
+    print(f"a frame beside invoke: p50 {p50:.3f} ms, p99 {p99:.3f} ms, at most {added.max():.2f} ms", flush=True)
+    return good and bool(p99 < ADDED_MS)
 
 
 def main() -> None:
