@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any, TypeVar
 
@@ -64,7 +65,8 @@ class LiveSource(Source):
         open_camera: opens the camera; may raise SourceError.
         drop: what happens when a frame comes and the one before still waits. ``oldest``: that one is dropped;
             ``newest``: the one that comes is; ``none``: the camera waits.
-        patient: wait for a camera that cannot be opened at the start.
+        patient: wait for a camera that cannot be opened at the start. It is opened when it is iterated over, and not
+            before, as another source may have it until then.
 
     Raises:
         SourceError: it cannot be opened, or ``drop`` is no such word.
@@ -83,12 +85,14 @@ class LiveSource(Source):
         self._changed = threading.Condition()
         self._waiting: Frame | None = None
         self._persistent = patient  # from the first opening at the latest
+        self._begins = False  # after a gap, until a frame from behind it was given
         self._problem: SourceError | None = None
         self._seen, self._lost_s = False, 0.0
         self._abandoned: list[Reader] = []
         self._reader: Reader | None = None  # the one in charge: any other delivers nothing
-        self._start_reader()
+        self._asleep = patient
         if not patient:
+            self._start_reader()
             try:
                 self._wait_until_open()
             except BaseException:
@@ -96,11 +100,17 @@ class LiveSource(Source):
                 raise
 
     def __iter__(self) -> Iterator[Frame]:
+        with self._changed:
+            if self._asleep and not self.stop.is_set():
+                self._start_reader()
+            self._asleep = False
         while self._reader and not self.stop.is_set():
             with self._changed:
                 if self._waiting is None:
                     self._changed.wait(_NOTICE_S)
                 frame, self._waiting = self._waiting, None
+                if frame and frame.begins:
+                    self._begins = False
                 self._changed.notify_all()
             if frame:
                 yield frame
@@ -109,7 +119,7 @@ class LiveSource(Source):
 
     def close(self) -> None:
         with self._changed:
-            reader, self._reader = self._reader, None
+            reader, self._reader, self._asleep = self._reader, None, False
             self.dropped += self._waiting is not None
             self._waiting = None
             self._changed.notify_all()
@@ -217,14 +227,16 @@ class LiveSource(Source):
             self.captured += 1
             regained, self.lost = self.lost, False
             again, self._seen = self._seen, True
-            self.gaps += regained and again
+            if regained and again:
+                self.gaps += 1
+                self._begins = True
             if self._drop == "none":
                 self._changed.wait_for(lambda: self._waiting is None or self._reader is not reader)
             if frame is None or self._reader is not reader:
                 self.dropped += 1
             else:
                 self.dropped += self._waiting is not None
-                self._waiting = frame
+                self._waiting = replace(frame, begins=True) if self._begins else frame
                 self._changed.notify_all()
         if regained:
             away_s = time.monotonic() - self._lost_s

@@ -125,6 +125,8 @@ def test_camera_that_restarts_is_regained(
             camera.start()
             until(lambda: len(watched.frames) > seen + 3)  # noqa: B023
             assert source.gaps == round_ and not source.lost
+            assert [frame.begins for frame in watched.frames].index(True, seen) == seen
+            assert sum(frame.begins for frame in watched.frames) == round_
     told = warnings(caplog)
     assert len(told) == 4 and not threads_of(source)
     assert "gives no more frames; trying again until it does" in told[0] and "gives frames again, after" in told[1]
