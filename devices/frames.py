@@ -38,8 +38,9 @@ class Frame:
     ``captured_s`` is on the monotonic clock, and ``clock_offset_s`` how far the system's clock was ahead of it then: a
     change of it tells that the clock was set.
 
-    Of sound, ``captured_at`` is the end of the window and ``window_start`` its beginning. ``begins``: it does not
-    follow the one before. ``complete``: with it a whole window was heard; before that a stream only warms up.
+    ``begins``: it does not follow the one before, as the source was lost between them. Of sound, ``captured_at`` is the
+    end of the window and ``window_start`` its beginning. ``complete``: with it a whole window was heard; before that a
+    stream only warms up.
     """
 
     image_bgr: npt.NDArray[np.uint8] | None = None
