@@ -173,7 +173,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with models_folder(tmp_path_factory, "digits") as folder:
         if not (folder / "held-out.avi").exists():
             script = Path(__file__).parents[1] / "examples" / "train_digits.py"
-            subprocess.run([sys.executable, script, folder, "--epochs", "12"], check=True, capture_output=True)
+            command = [sys.executable, script, folder, "--size", "48", "--epochs", "9"]
+            subprocess.run(command, check=True, capture_output=True)
         return folder
 
 
