@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 
 import click
 
 import edgekit
-from edgekit.cli_device import doctor, service
-from edgekit.cli_model import bench, convert, inspect, ops
-from edgekit.cli_stream import listen, run, soak
 from edgekit.errors import EdgekitError
 
+# Each in the module that has it: a device that runs for months keeps in memory what its command needs.
+_MODULES = {
+    "convert": "cli_model",
+    "run": "cli_stream",
+    "listen": "cli_stream",
+    "inspect": "cli_model",
+    "bench": "cli_model",
+    "soak": "cli_stream",
+    "ops": "cli_model",
+    "doctor": "cli_device",
+    "service": "cli_device",
+}
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+
+class _Commands(click.Group):
+    """Imports a command when it is asked for, as click's documentation shows under "Lazily Loading Subcommands"."""
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        return list(_MODULES)
+
+    def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _MODULES:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"edgekit.{_MODULES[cmd_name]}"), cmd_name)
+        return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(edgekit.__version__, prog_name="edgekit")
 def cli() -> None:
     """Image and sound models on small devices: convert a Keras model, run it, receive its predictions over MQTT."""
-
-
-for _name, _item in (
-    ("convert", convert),
-    ("run", run),
-    ("listen", listen),
-    ("inspect", inspect),
-    ("bench", bench),
-    ("soak", soak),
-    ("ops", ops),
-    ("doctor", doctor),
-    ("service", service),
-):
-    cli.add_command(_item, _name)
 
 
 def main(arguments: list[str] | None = None) -> None:
