@@ -75,7 +75,8 @@ def doctor(
     try:
         if config is not None:
             known = read_config(config)
-            findings.append(ok("configuration", f"{config}, {len(known.stream)} streams", needed=True))
+            names = ", ".join(stream.name for stream in known.stream)
+            findings.append(ok("configuration", f"{config}, streams: {names}", needed=True))
         if known and known.profile:
             profile = load_profile(known.profile)
     except EdgekitError as error:

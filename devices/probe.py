@@ -113,7 +113,7 @@ def _bundle(stream: StreamConfig, runtime: Runtime) -> Iterator[Finding]:
     except EdgekitError as error:
         yield from_error(check, error, needed=True)
     else:
-        yield ok(check, f"runs on {planned.name} in {runtime.name}, {ms:.1f} ms{share}", needed=True)
+        yield ok(check, f"runs on {planned.name} in {runtime.name}, {ms:.2f} ms{share}", needed=True)
 
 
 def operators() -> Finding:
