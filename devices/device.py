@@ -6,7 +6,7 @@ import logging
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -18,18 +18,19 @@ from edgekit.bundle import Bundle
 from edgekit.custom_ops import Ops
 from edgekit.devices.commands import Commands
 from edgekit.devices.config import Config, StreamConfig
+from edgekit.devices.counts import Counts
 from edgekit.devices.health import device_health
 from edgekit.devices.home_assistant import Config as Announcement
 from edgekit.devices.home_assistant import Discovery, discovery, label_groups
 from edgekit.devices.interpreter import Model
 from edgekit.devices.notify import notify, watchdog_s
-from edgekit.devices.pipeline import Counts, Pipeline
+from edgekit.devices.pipeline import Pipeline
 from edgekit.devices.profiles import detect, load_profile
 from edgekit.devices.publisher import Publisher
 from edgekit.devices.results import Result, new_boot_id
 from edgekit.devices.spool import Spool, spool_folder
-from edgekit.devices.stream import Stream, open_source, read_bundle
-from edgekit.errors import EdgekitError
+from edgekit.devices.stream import Files, Stream, open_source, read_bundle
+from edgekit.errors import BrokerError, EdgekitError
 from edgekit.messages import HealthMessage, InfoMessage, SpoolHealth, Versions, default_device_id
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Device:
 
     Attributes:
         streams: by name.
+        replacement: another configuration, to be started anew with: this run ends.
 
     Raises:
         EdgekitError: a bundle, a source or the broker cannot be used as asked.
@@ -75,41 +77,54 @@ class Device:
         self.device_id = config.device_id or default_device_id()
         self.profile = load_profile(config.profile) if config.profile else detect()
         self.streams: dict[str, Stream] = {}
+        self.replacement: Config | None = None
         self._boot_id, self._began_s = new_boot_id(), time.monotonic()
-        self._past = Counts()  # of streams that are no more
-        self._woken, self._lock = threading.Event(), threading.Lock()
+        # Streams that are about to end, and what became of the frames of those that have.
+        self._leaving: list[Stream] = []
+        self._past = Counts()
+        self._running = False
+        self._woken = threading.Event()
+        self._results, self._changes = threading.Lock(), threading.Lock()
         self._publisher: Publisher | None = None
         self._discovery: Discovery | None = None
         self._stack = ExitStack()
         try:
             for of_stream in config.stream:
-                bundle = read_bundle(of_stream)
-                model = self.load(of_stream, bundle)
-                self.streams[of_stream.name] = self._open(of_stream, model, self._boot_id, patient)
+                files = Files.of(of_stream)
+                model = self.load(of_stream, read_bundle(of_stream), len(config.stream))
+                self.streams[of_stream.name] = self.open(of_stream, files, model, self._boot_id)
+            versions = edgekit.__version__, platform.python_version(), runtimes.installed().get(model.runtime, "")
+            self._versions = Versions(*versions[:2], f"{model.runtime} {versions[2]}".strip())
             self._info = self.info()
             if config.broker != "none":
                 self._connect(config)
         except BaseException:
-            self._close_streams(self.streams.values())
+            self._close(self.streams.values())
             self._stack.close()
             raise
 
-    def load(self, config: StreamConfig, bundle: Bundle) -> Model:
-        """``bundle`` with the delegate, threads and kernels that ``config`` asks for."""
+    def load(self, config: StreamConfig, bundle: Bundle, streams: int) -> Model:
+        """``bundle`` with the delegate, threads and kernels that ``config`` asks for, as one of so many ``streams``."""
         return Model(
             bundle,
             delegate=config.delegate,
             strict=config.strict,
             order=self.profile.delegates,
-            threads=config.threads or max(1, self.profile.threads // len(self.config.stream)),
+            threads=config.threads or max(1, self.profile.threads // streams),
             hang_s=self.config.hang_s,
             ops=self._ops or config.ops,
         )
 
-    def _open(self, config: StreamConfig, model: Model, boot_id: str, patient: bool) -> Stream:
-        stop = threading.Event()
+    def open(self, config: StreamConfig, files: Files, model: Model, boot_id: str | None = None) -> Stream:
+        """A stream that does not run yet; ``model`` is its own, also if this fails.
+
+        Raises:
+            EdgekitError: there is no such source, or, unless it is waited for, it cannot be opened now; or the
+                settings do not fit the model.
+        """
+        patient = self._patient or self._running  # another stream may have its camera or microphone yet
         try:
-            source = open_source(config, model.bundle, self.profile, stop, patient=patient)
+            source = open_source(config, model.bundle, self.profile, threading.Event(), patient=patient)
             try:
                 pipeline = Pipeline(model, source, config, self.device_id, boot_id)
             except BaseException:
@@ -118,7 +133,7 @@ class Device:
         except BaseException:
             model.close()
             raise
-        return Stream(config, pipeline, self._publish, self._woken.set)
+        return Stream(config, files, pipeline, self._publish, self._end_of)
 
     def _connect(self, config: Config) -> None:
         finite = not any(stream.live for stream in self.streams.values())
@@ -154,17 +169,21 @@ class Device:
             if not embedded.wait_for_subscriber(SUBSCRIBER_TIMEOUT_S, self._stop, besides=self._publisher.filters):
                 logger.warning("no subscriber came; going on without")
 
-    def attend(self, ended: Callable[[], bool] = lambda: False) -> None:
-        """Runs the streams until all have ended, it is told to stop, or ``ended`` says so.
+    def start(self) -> None:
+        """Starts the streams."""
+        self._running = True
+        for stream in self.streams.values():
+            stream.start()
+        notify("READY=1")
+
+    def attend(self) -> None:
+        """Waits until all streams have ended, it is told to stop, or there is a replacement.
 
         Raises:
             EdgekitError: a stream failed, or hangs where nothing but the end of the process helps.
         """
-        for stream in self.streams.values():
-            stream.start()
-        notify("READY=1")
         look_s, status_s = min(_LOOK_S, watchdog_s() or _LOOK_S), 0.0
-        while not (self._stop.is_set() or ended() or all(stream.ended for stream in self.streams.values())):
+        while not (self._stop.is_set() or self.replacement or all(one.ended for one in self.streams.values())):
             self._woken.wait(look_s)
             self._woken.clear()
             self._check()
@@ -188,21 +207,34 @@ class Device:
 
     # -- for upkeep ------------------------------------------------------------------------------------------------
 
-    def restart(self, config: StreamConfig, model: Model) -> None:
-        """Runs ``model`` on another source, instead of the stream of that name if there is one. A new boot, whose
-        predictions count from 1."""
-        self.remove(config.name, keep_state=True)
-        stream = self.streams[config.name] = self._open(config, model, new_boot_id(), True)
-        stream.start()
+    def change(self, streams: Iterable[Stream], removed: Iterable[str] = ()) -> None:
+        """Runs ``streams``, each instead of the one of its name if there is one, and those ``removed`` no more."""
+        new, removed = {stream.config.name: stream for stream in streams}, set(removed)
+        with self._changes:
+            # at once, so that never none are there
+            self._leaving = [one for name, one in self.streams.items() if name in new or name in removed]
+            self.streams = {name: one for name, one in self.streams.items() if name not in removed} | new
+            for one in self._leaving:
+                if one.config.name in new:
+                    new[one.config.name].pipeline.paused = one.pipeline.paused
+        self._close(self._leaving)  # before the others begin, which may want their cameras
+        with self._changes:
+            self._past, self._leaving = sum((one.pipeline.counts for one in self._leaving), self._past), []
+            if self._running:
+                for stream in new.values():
+                    stream.start()
+        if not self._running:  # it has ended meanwhile
+            self._close(new.values())
+        for name in removed:
+            if self._publisher:
+                self._publisher.forget(name)
 
-    def remove(self, name: str, *, keep_state: bool = False) -> None:
-        if stream := self.streams.get(name):
-            self._close_streams([stream])
-            self._past += stream.pipeline.counts
-            if not keep_state:
-                del self.streams[name]
-                if self._publisher:
-                    self._publisher.forget(name)
+    def check_groups(self, bundles: Mapping[str, Bundle]) -> None:
+        """
+        Raises:
+            EdgekitError: a group names a label that none of these bundles has.
+        """
+        self._groups({name: bundle.labels for name, bundle in bundles.items()})
 
     def announce(self) -> None:
         """Publishes what the device is, where that has changed."""
@@ -214,47 +246,57 @@ class Device:
             if self._discovery:
                 self._discovery.change(self._announcement())
 
-    # -- for the publisher -----------------------------------------------------------------------------------------
+    # -- for streams and publisher ---------------------------------------------------------------------------------
 
     def _publish(self, stream: Stream, result: Result) -> None:
         if self._publisher:
             self._publisher.publish(stream.config.name, result, wait=not stream.live)
         if self._on_result:
-            with self._lock:
+            with self._results:
                 self._on_result(result)
         if self._stop.is_set():
             stream.pipeline.source.stop.set()
 
+    def _end_of(self, stream: Stream) -> None:
+        self._woken.set()
+        # What is the state when the run ends remains, as the device's status tells what it is worth.
+        if result := stream.pipeline.end(state=self.streams.get(stream.config.name) is not stream):
+            self._publish(stream, result)
+
     def _pipelines(self) -> dict[str, Pipeline]:
-        return {name: stream.pipeline for name, stream in list(self.streams.items())}
+        return {name: stream.pipeline for name, stream in self.streams.items()}
 
     def _health(self, spool: SpoolHealth) -> HealthMessage:
-        return device_health(self._pipelines(), spool, self.profile.cpu_temp_c(), self._began_s)
+        with self._changes:
+            pipelines = self._pipelines()
+            past = sum((stream.pipeline.counts for stream in self._leaving), self._past)
+        return device_health(pipelines, past, spool, self.profile.cpu_temp_c(), self._began_s)
 
     def _announcement(self) -> Announcement:
         labels = {name: pipeline.model.bundle.labels for name, pipeline in self._pipelines().items()}
+        return discovery(self._info, labels, self._groups(labels), prefix=self.config.prefix)
+
+    def _groups(self, labels: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
         given = [f"{name}={label}" for name, named in self.config.label_groups.items() for label in named]
-        groups = label_groups(given, [label for names in labels.values() for label in names])
-        return discovery(self._info, labels, groups, prefix=self.config.prefix)
+        return label_groups(given, [label for names in labels.values() for label in names])
 
     @property
     def counts(self) -> Counts:
-        return sum((pipeline.counts for pipeline in self._pipelines().values()), self._past)
+        with self._changes:
+            streams = [*self.streams.values(), *self._leaving]
+            return sum((stream.pipeline.counts for stream in streams), self._past)
 
     def info(self) -> InfoMessage:
-        pipelines = self._pipelines()
-        runtime = next(iter(pipelines.values())).model.runtime
-        version = runtimes.installed().get(runtime, "")
         return InfoMessage(
             schema="edgekit.info/1",
             device=self.device_id,
             boot_id=self._boot_id,
             profile=self.profile.name,
-            versions=Versions(edgekit.__version__, platform.python_version(), f"{runtime} {version}".strip()),
-            streams={name: pipeline.info() for name, pipeline in pipelines.items()},
+            versions=self._versions,
+            streams={name: pipeline.info() for name, pipeline in self._pipelines().items()},
         )
 
-    def _close_streams(self, streams: Iterable[Stream]) -> None:
+    def _close(self, streams: Iterable[Stream]) -> None:
         streams = list(streams)
         for stream in streams:
             stream.pipeline.source.stop.set()
@@ -268,7 +310,17 @@ class Device:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        notify("STOPPING=1")
-        self._close_streams(self.streams.values())
+        with self._changes:
+            was_running, self._running = self._running, False
+        if was_running and not self.replacement:
+            notify("STOPPING=1")
+        if self._publisher:
+            self._publisher.hurried = bool(error or self.replacement)
+        self._close([*self.streams.values(), *self._leaving])
         logger.info("%s", self.counts)
-        self._stack.__exit__(kind, error, trace)
+        try:
+            self._stack.__exit__(kind, error, trace)
+        except BrokerError as unacknowledged:
+            if not self.replacement:
+                raise
+            logger.error("%s", unacknowledged)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from edgekit.devices.counts import Counts
 from edgekit.messages import DelegateHealth, HealthMessage, Percentiles, SpoolHealth
 
 if TYPE_CHECKING:
@@ -75,23 +76,24 @@ def rss_bytes() -> int | None:
 
 
 def device_health(
-    pipelines: Mapping[str, Pipeline], spool: SpoolHealth, cpu_temp_c: float | None, began_s: float
+    pipelines: Mapping[str, Pipeline], past: Counts, spool: SpoolHealth, cpu_temp_c: float | None, began_s: float
 ) -> HealthMessage:
-    """Of each stream, and of all. ``began_s`` is when the run began, on the monotonic clock."""
+    """Of each stream, and of all. ``past``: of streams that are no more. ``began_s`` is when the run began, on the
+    monotonic clock."""
     streams = {name: pipeline.health() for name, pipeline in pipelines.items()}
     each = list(streams.values())
-    dropped: Counter[str] = Counter()
+    dropped = Counter(past.dropped_by_cause)
     for one in each:
         dropped.update(one.dropped)
     delegates = [one.delegate for one in each]
     taken = [one.operators_delegated for one in delegates]
     return HealthMessage(
         schema="edgekit.health/1",
-        captured=sum(one.captured for one in each),
-        inferred=sum(one.inferred for one in each),
+        captured=past.captured + sum(one.captured for one in each),
+        inferred=past.inferred + sum(one.inferred for one in each),
         dropped=dict(dropped),
-        failed=sum(one.failed for one in each),
-        in_flight=sum(one.in_flight for one in each),
+        failed=past.failed + sum(one.failed for one in each),
+        in_flight=past.in_flight + sum(one.in_flight for one in each),
         fps=round(sum(one.fps for one in each), 2),
         latency_ms=percentiles_ms(np.concatenate([pipeline.recent.total_s() for pipeline in pipelines.values()])),
         spool=spool,

@@ -6,9 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -17,6 +15,7 @@ import numpy.typing as npt
 
 from edgekit.decode import NotFiniteError, thresholds, top
 from edgekit.devices.config import StreamConfig, check_stream
+from edgekit.devices.counts import Counts
 from edgekit.devices.decisions import Decisions
 from edgekit.devices.frames import Frame, Source
 from edgekit.devices.health import Recent, percentiles_ms
@@ -38,44 +37,6 @@ _NOTICE_S = 0.05
 CHANGEABLE = frozenset({"threshold", "top_k", "max_fps"})
 
 
-@dataclass
-class Counts:
-    """What became of the frames, or the windows of sound: ``captured = inferred + dropped + failed + in_flight``.
-
-    ``gaps``: how often the source was lost, or sound before there was a window of it. ``paused``: how many of those
-    dropped came in a pause. ``failures``: those failed, by cause.
-    """
-
-    captured: int = 0
-    inferred: int = 0
-    dropped: int = 0
-    failed: int = 0
-    gaps: int = 0
-    paused: int = 0
-    failures: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def in_flight(self) -> int:
-        return self.captured - self.inferred - self.dropped - self.failed
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.captured + other.captured,
-            self.inferred + other.inferred,
-            self.dropped + other.dropped,
-            self.failed + other.failed,
-            self.gaps + other.gaps,
-            self.paused + other.paused,
-            dict(Counter(self.failures) + Counter(other.failures)),
-        )
-
-    def __str__(self) -> str:
-        gaps = f", {self.gaps} gaps" if self.gaps else ""
-        causes = ", ".join(f"{count} {cause}" for cause, count in self.failures.items())
-        failed = f"{self.failed} failed" + (f" ({causes})" if causes else "")
-        return f"{self.captured} captured, {self.inferred} inferred, {self.dropped} dropped, {failed}{gaps}"
-
-
 class Pipeline:
     """What comes of the frames of one source, by way of one model, numbered, as an iterator.
 
@@ -93,8 +54,9 @@ class Pipeline:
         self._results = Results(device_id, config.name, boot_id or new_boot_id())
         self.paused = False
         # One attribute, so that the thread that iterates finds either all of a change or nothing.
-        self._in_force = config, self._limits(config, model)
-        self._lock = threading.Lock()
+        self._in_force = config, self.check(config, model)
+        self._lock, self._closed = threading.RLock(), False
+        # What is in force from the next frame on.
         self._next: tuple[Model, StreamConfig, npt.NDArray[np.float32]] | None = None
         self._paused_frames = self._clock_steps = 0
         self._failures: dict[str, int] = {}
@@ -115,7 +77,15 @@ class Pipeline:
 
     @property
     def config(self) -> StreamConfig:
-        return self._in_force[0]
+        """The settings in force, or those that are to be."""
+        following = self._next
+        return following[1] if following else self._in_force[0]
+
+    @property
+    def newest(self) -> Model:
+        """The model in use, or the one that is to be."""
+        following = self._next
+        return following[0] if following else self.model
 
     @property
     def counts(self) -> Counts:
@@ -146,42 +116,43 @@ class Pipeline:
             raise EdgekitError(
                 f"setting {min(unknown)}", expected=" or ".join(sorted(CHANGEABLE)), mend="start it again to change it"
             )
-        self.adopt(msgspec.structs.replace(self.config, **changes))
+        with self._lock:
+            self.adopt(msgspec.structs.replace(self.config, **changes))
         logger.info(
             "stream %s: changed %s", self.config.name, ", ".join(f"{name}={value}" for name, value in changes.items())
         )
         return self.config
 
-    def adopt(self, config: StreamConfig) -> None:
-        """From the next frame on these are in force.
+    def adopt(self, config: StreamConfig, model: Model | None = None) -> None:
+        """From the next frame on these settings are in force, and with a ``model`` it is this one that predicts; the
+        one before is closed then.
 
         Raises:
             EdgekitError: they do not fit the model, and nothing was changed.
         """
         with self._lock:
-            if self._next:
-                model = self._next[0]
-                self._next = model, config, self._limits(config, model)
+            waiting = self._next[0] if self._next else None
+            limits = self.check(config, model)
+            if after := model or waiting:
+                self._next = after, config, limits
             else:
-                self._in_force = config, self._limits(config, self.model)
-
-    def replace(self, model: Model, config: StreamConfig) -> None:
-        """From the next frame on it is this model that predicts, with these settings; the one before is closed then.
-
-        Raises:
-            EdgekitError: they do not fit each other, and nothing was changed.
-        """
-        limits = self._limits(config, model)
-        with self._lock:
-            waiting, self._next = self._next, (model, config, limits)
-        if waiting:
-            waiting[0].close()
+                self._in_force = config, limits
+            unused = after if self._closed else waiting if model else None
+        if unused:
+            unused.close()
 
     def close(self) -> None:
-        """Frees the model, and the one that was to come."""
-        self.model.close()
-        if self._next:
-            self._next[0].close()
+        """Frees source and model."""
+        self.source.close()
+        self.close_model()
+
+    def close_model(self) -> None:
+        """Frees the model, and the one that was to come, from any thread: a call under way fails where it can be
+        ended."""
+        with self._lock:
+            self._closed, models = True, {self.model, self.newest}
+        for model in models:
+            model.close()
 
     def snapshot(self) -> SnapshotImage:
         """The newest frame, and the newest prediction.
@@ -202,7 +173,7 @@ class Pipeline:
         return StreamHealth(
             captured=counts.captured,
             inferred=counts.inferred,
-            dropped={"behind": counts.dropped - counts.paused, "paused": counts.paused},
+            dropped=counts.dropped_by_cause,
             failed=counts.failed,
             failures=counts.failures,
             in_flight=counts.in_flight,
@@ -225,12 +196,14 @@ class Pipeline:
             self._results.bundle_ref, self.model.delegate, self.source.name, self.model.requested_delegate
         )
 
-    def _limits(self, config: StreamConfig, model: Model) -> npt.NDArray[np.float32]:
-        """The lowest score of each class that is named, (classes,).
+    def check(self, config: StreamConfig, model: Model | None = None) -> npt.NDArray[np.float32]:
+        """The lowest score of each class that is named, (classes,), with these settings and the newest model, or with
+        another one.
 
         Raises:
-            EdgekitError: it does not fit the model, or a value is out of its range.
+            EdgekitError: they do not fit the model, or a value is out of its range.
         """
+        model = model or self.newest
         check_stream(config)
         given = model.bundle.input
         if config.max_fps and self.source.live and isinstance(given, AudioInput) and given.streaming:
@@ -248,17 +221,18 @@ class Pipeline:
         due_s = self._wait_until_due(-math.inf)
         for frame in self.source:
             if self._next:
-                yield from self._ended(state=True)
+                yield from self._ended()
                 self._swap()
             if frame.begins:  # what was held before the gap may have ended in it
-                yield from self._ended(state=True)
+                yield from self._ended()
             if frame.image_bgr is not None:
                 self._newest = frame
             if self.paused and self.source.live:
                 self._paused_frames += frame.complete
-                self.model.reset()
-                self._cold = True
-                yield from self._ended(state=True)
+                if not self._cold:
+                    self.model.reset()
+                    self._cold = True
+                yield from self._ended()
                 continue
             result = self._predict(frame)
             if result is not None:
@@ -267,19 +241,22 @@ class Pipeline:
                 yield result
                 self.recent.published(time.monotonic() - given_s)
             due_s = self._wait_until_due(due_s)
-        yield from self._ended(state=False)
 
-    def _ended(self, *, state: bool) -> Iterator[Result]:
-        if result := self._results.end(state=state):
+    def end(self, *, state: bool) -> Result | None:
+        """All that is held ends, as after the last frame. ``state``: nothing is held any more, and that is told too."""
+        return self._results.end(state=state)
+
+    def _ended(self) -> Iterator[Result]:
+        if result := self.end(state=True):
             yield result
 
     def _swap(self) -> None:
-        before = self.model
         with self._lock:
             assert self._next
-            after, config, limits = self._next
-            self._next, self._in_force = None, (config, limits)
-        self._take(after)
+            before, (after, config, limits) = self.model, self._next
+            self._in_force = config, limits
+            self._take(after)
+            self._next = None
         self._cold = False
         before.close()
         logger.info("from now on bundle %s %s", after.bundle.name, after.bundle.version)

@@ -110,6 +110,8 @@ class Publisher:
         self._was_connected, self._idle = False, True
         self._last_ack_s = time.monotonic()
         self._ending = self._said_offline = False
+        #: Set before the end, it gives up then as soon as if told to stop.
+        self.hurried = False
         #: Topic filters that it subscribes to.
         self.filters = (*([self._command_topic] if commands else ()), *(discovery.filters if discovery else ()))
         self._connection = Connection(
@@ -192,7 +194,7 @@ class Publisher:
             what += f"; they are kept in memory until the machine restarts, as {self._spool.path} cannot be written"
         else:
             what += f"; they are kept in {self._spool.path}"
-        if self._stop.is_set():
+        if self._stop.is_set() or self.hurried:
             logger.warning("%s and sent by the next run", what)
             return
         mend = "check its access rules for this user and device id" if self._refusal else "check the broker"
@@ -209,7 +211,8 @@ class Publisher:
         while self._left or self._turns < turn:
             now_s = time.monotonic()
             if now_s - self._last_ack_s > CLOSE_TIMEOUT_S or (
-                now_s - began_s > STOP_TIMEOUT_S and (self._stop.is_set() or self._refusal or not self._was_connected)
+                now_s - began_s > STOP_TIMEOUT_S
+                and (self._stop.is_set() or self.hurried or self._refusal or not self._was_connected)
             ):
                 break
             self._connection.wake()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,12 +13,14 @@ from edgekit.broker import BrokerAddress
 from edgekit.custom_ops import CustomOpResolver, Ops
 from edgekit.decode import Threshold
 from edgekit.devices.config import Config, StreamConfig, read_config
+from edgekit.devices.counts import Counts
 from edgekit.devices.device import Device
-from edgekit.devices.pipeline import Counts
 from edgekit.devices.results import Result
 from edgekit.devices.upkeep import Upkeep
 from edgekit.errors import EdgekitError
 from edgekit.messages import PREFIX, PredictionMessage
+
+logger = logging.getLogger(__name__)
 
 
 def stream(
@@ -166,16 +169,26 @@ def run(
             on_prediction(result.prediction)
 
     stop, reload, counts = stop or threading.Event(), reload or threading.Event(), Counts()
+    before: Config | None = None
     while True:
-        with Device(wanted, stop, patient=config is not None, ops=_resolver(ops), on_result=on_result) as device:
+        try:
+            device = Device(wanted, stop, patient=config is not None, ops=_resolver(ops), on_result=on_result)
+        except EdgekitError as error:
+            if before is None:
+                raise
+            logger.error("%s; the configuration before comes back into force", error)
+            wanted, before = before, None
+            continue
+        with device:
             if on_start:
                 on_start()
-            with Upkeep(device, read, reload) as upkeep:
-                device.attend(lambda: upkeep.replacement is not None)
+            device.start()
+            with Upkeep(device, read, reload):
+                device.attend()
         counts += device.counts
-        if upkeep.replacement is None or stop.is_set():
+        if device.replacement is None or stop.is_set():
             return counts
-        wanted = upkeep.replacement
+        wanted, before = device.replacement, device.config
 
 
 def _groups(given: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -7,6 +7,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -22,6 +24,35 @@ from edgekit.errors import EdgekitError
 from edgekit.manifest import AudioInput
 
 logger = logging.getLogger(__name__)
+
+# What ends when its model is ended does so within so long.
+_LAST_S = 0.3
+
+Status = tuple[int, ...]
+
+
+class Files(NamedTuple):
+    """What a model is made of, by size, time and place: the bundle, the one compiled for Coral, the labels. None: there
+    is no such file."""
+
+    bundle: Status | None
+    compiled: Status | None
+    labels: Status | None
+
+    @classmethod
+    def of(cls, config: StreamConfig) -> Files:
+        path = Path(config.bundle)
+        compiled = path.with_name(f"{path.stem}_edgetpu.tflite")
+        return cls(_status(path), _status(compiled), _status(Path(config.labels)) if config.labels else None)
+
+
+def _status(path: Path) -> Status | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    # of its times the one that nothing can set back
+    return status.st_size, status.st_ctime_ns, status.st_ino, status.st_dev
 
 
 def read_bundle(config: StreamConfig) -> Bundle:
@@ -71,20 +102,24 @@ def open_source(
 
 
 class Stream:
-    """Its thread hands each result to ``publish`` until the source ends, ``stop`` is set, or something fails.
+    """A source and a model that are open. Once it is started, its thread hands each result to ``publish`` until the
+    source ends, it is closed, or something fails; then it calls ``on_end`` and frees both.
 
     Attributes:
-        error: what failed, after it ended.
+        config: as asked for; a command may have changed it since, as its pipeline knows.
+        files: as they were when the model was read.
+        error: what failed.
     """
 
     def __init__(
         self,
         config: StreamConfig,
+        files: Files,
         pipeline: Pipeline,
         publish: Callable[[Stream, Result], None],
-        on_end: Callable[[], None],
+        on_end: Callable[[Stream], None],
     ) -> None:
-        self.config, self.pipeline = config, pipeline
+        self.config, self.files, self.pipeline = config, files, pipeline
         self.error: BaseException | None = None
         self._publish, self._on_end = publish, on_end
         self._thread = threading.Thread(target=self._run, name=f"stream {config.name}", daemon=True)
@@ -106,16 +141,24 @@ class Stream:
                 self._publish(self, result)
         except BaseException as error:
             self.error = error
+        try:
+            self._on_end(self)
+        except BaseException as error:
+            self.error = self.error or error
         finally:
-            self._on_end()
+            self.pipeline.close()
 
     def close(self, end_s: float) -> None:
-        """Ends it; one that hangs in a driver is left behind at ``end_s`` on the monotonic clock."""
+        """Ends it; one that hangs in a driver is left behind at ``end_s`` on the monotonic clock, or shortly after."""
         pipeline = self.pipeline
         pipeline.source.stop.set()
-        if self._thread.ident is not None:
-            self._thread.join(max(0.0, end_s - time.monotonic()))
-            if self._thread.is_alive():
-                logger.error("stream %s does not end, and is left behind", self.config.name)
-        pipeline.source.close()
-        pipeline.close()
+        if self._thread.ident is None:
+            pipeline.close()
+            return
+        self._thread.join(max(0.0, end_s - time.monotonic()))
+        if self._thread.is_alive():
+            pipeline.close_model()
+            self._thread.join(_LAST_S)
+        if self._thread.is_alive():
+            logger.error("stream %s does not end, and is left behind", self.config.name)
+            pipeline.source.close()  # another one may want its camera

@@ -5,30 +5,28 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import ExitStack
 
 import msgspec
 
+from edgekit.bundle import Bundle
 from edgekit.devices.config import Config, StreamConfig
 from edgekit.devices.device import Device
 from edgekit.devices.interpreter import Model
 from edgekit.devices.notify import notify
 from edgekit.devices.pipeline import CHANGEABLE
-from edgekit.devices.stream import Stream, read_bundle
+from edgekit.devices.stream import Files, Stream, read_bundle
 from edgekit.errors import EdgekitError
 from edgekit.manifest import AudioInput
 
 logger = logging.getLogger(__name__)
 
 LOOK_S = 1.0
+# At the end, what it is loading is waited for so long.
+_END_S = 0.5
 # Of a stream, what may change without another model, and what with another model but on the same source.
 _OF_SETTINGS = CHANGEABLE | {"smoothing", "hysteresis"}
 _OF_MODEL = {"bundle", "labels", "delegate", "strict", "threads", "ops"}
-
-# Size, time and inode of each file that a model is made of; None for one that is not there.
-Files = tuple[tuple[int, int, int] | None, ...]
-# Stream, bundle and labels.
-Key = tuple[str, str, str | None]
 
 
 class Upkeep:
@@ -38,17 +36,13 @@ class Upkeep:
         device: what it keeps up to date.
         read: reads the configuration again; None where there is no file of it.
         reload: asks to do so when set.
-
-    Attributes:
-        replacement: another configuration that concerns the whole device, which is to be started anew with it.
     """
 
     def __init__(self, device: Device, read: Callable[[], Config] | None, reload: threading.Event) -> None:
         self._device, self._read, self._reload = device, read, reload
-        self.replacement: Config | None = None
-        self._files = {_key(stream.config): _files(stream.config) for stream in device.streams.values()}
-        # Files that have changed and may still be written to.
-        self._unsettled: dict[Key, Files] = {}
+        # Of streams, files that have changed and may still be written to.
+        self._unsettled: dict[str, Files] = {}
+        self._told = ""  # what failed
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
         self._thread.start()
@@ -58,87 +52,78 @@ class Upkeep:
 
     def __exit__(self, *_error: object) -> None:
         self._end.set()
-        self._thread.join(LOOK_S)  # what it is loading is of no more use
+        self._thread.join(_END_S)
 
     def _run(self) -> None:
         while not self._end.wait(LOOK_S):
             try:
                 self._look()
-            except Exception:  # the streams go on
-                logger.exception("upkeep failed")
+                self._told = ""
+            except Exception as error:  # the streams go on
+                line = f"upkeep failed ({type(error).__name__}: {error})"
+                if line != self._told:
+                    self._told = line
+                    logger.error("%s", line)
+                logger.debug("upkeep failed", exc_info=True)
 
     def _look(self) -> None:
         if self._reload.is_set():
             self._reload.clear()
             self._read_again()
-        for stream in list(self._device.streams.values()):
-            stream.pipeline.model.tend()
-            if self._settled(stream.config):
+        for stream in self._device.streams.values():
+            if not stream.ended:
+                stream.pipeline.model.tend()
                 self._renew(stream)
         self._device.announce()
 
     # -- bundles ---------------------------------------------------------------------------------------------------
 
-    def _settled(self, config: StreamConfig) -> bool:
-        """Whether the files of a model have changed, and were the same when last looked at."""
-        key, files = _key(config), _files(config)
-        if files == self._files.setdefault(key, files):
-            self._unsettled.pop(key, None)
-            return False
-        if self._unsettled.get(key) != files:
-            self._unsettled[key] = files
-            return False
-        self._files[key] = self._unsettled.pop(key)
-        return True
-
     def _renew(self, stream: Stream) -> None:
-        before = stream.pipeline.model.bundle
+        """Takes what its files have become, once they are twice the same."""
+        name, files, before = stream.config.name, Files.of(stream.config), stream.files
+        if files == before or self._unsettled.get(name) != files:
+            self._unsettled[name] = files
+            return
+        stream.files, config, used = files, stream.pipeline.config, stream.pipeline.newest.bundle
         try:
-            model = self._load(stream.config, stream)
-            if model.bundle.file.sha256 == before.file.sha256 and model.bundle.labels == before.labels:
-                model.close()
+            bundle = read_bundle(config)
+            same = bundle.file.sha256 == used.file.sha256 and bundle.labels == used.labels
+            if same and files.compiled == before.compiled:
                 return
-            self._run_with(stream.config, model)
+            streams = self._device.streams
+            self._device.check_groups({one: streams[one].pipeline.newest.bundle for one in streams} | {name: bundle})
+            model = self._load(config, bundle, stream, len(streams))
+            if _takes(stream, config, model):
+                stream.pipeline.adopt(config, model)
+            else:
+                other = self._device.open(stream.config, files, model)
+                other.pipeline.adopt(config)
+                self._device.change([other])
         except EdgekitError as error:
-            logger.error("%s; refused, and stream %s goes on as it was", error, stream.config.name)
+            logger.error("%s; refused, and stream %s goes on as it was", error, name)
 
-    def _load(self, config: StreamConfig, stream: Stream | None) -> Model:
+    def _load(self, config: StreamConfig, bundle: Bundle, stream: Stream | None, streams: int) -> Model:
         """The model of ``config``, which has predicted once.
 
         Raises:
-            EdgekitError: it does not load or run, or is for another task than that of ``stream``.
+            EdgekitError: it does not run, or is for another task than that of ``stream``.
         """
-        bundle = read_bundle(config)
         if stream and config.source == stream.config.source:
-            used = stream.pipeline.model.bundle
-            if isinstance(bundle.input, AudioInput) != isinstance(used.input, AudioInput):
-                kinds = ("images", "sound") if isinstance(used.input, AudioInput) else ("sound", "images")
+            kinds = ["images", "sound"]
+            of, used = (isinstance(one.input, AudioInput) for one in (bundle, stream.pipeline.newest.bundle))
+            if of != used:
                 raise EdgekitError(
                     f"bundle {config.bundle} is for another task",
-                    expected=f"one of {kinds[1]}",
-                    got=f"one of {kinds[0]}",
+                    expected=f"one of {kinds[used]}",
+                    got=f"one of {kinds[of]}",
                 )
-        model = self._device.load(config, bundle)
+        model = self._device.load(config, bundle, streams)
         try:
             model.probe()
         except BaseException:
             model.close()
             raise
         return model
-
-    def _run_with(self, config: StreamConfig, model: Model) -> None:
-        """On the source that is open, where the new model takes what it gives."""
-        stream = self._device.streams.get(config.name)
-        given = model.bundle.input
-        if (
-            stream
-            and not _differ(config, stream.config, _OF_SETTINGS | _OF_MODEL)
-            and (not isinstance(given, AudioInput) or given == stream.pipeline.model.bundle.input)
-        ):
-            stream.pipeline.replace(model, config)
-            stream.config = config
-        else:
-            self._device.restart(config, model)
 
     # -- the configuration -----------------------------------------------------------------------------------------
 
@@ -148,46 +133,55 @@ class Upkeep:
             return
         notify("RELOADING=1")
         try:
-            self._adopt(self._read())
+            self._take(self._read())
         except EdgekitError as error:
             logger.error("%s; the configuration before stays in force", error)
-        notify("READY=1")
+        if not self._device.replacement:  # which says so when it runs
+            notify("READY=1")
 
-    def _adopt(self, config: Config) -> None:
+    def _take(self, config: Config) -> None:
         """All of it, or nothing.
 
         Raises:
             EdgekitError: something in it cannot be used.
         """
         device = self._device
-        if _fields(config, but={"stream"}) != _fields(device.config, but={"stream"}):
-            for of_stream in config.stream:
-                read_bundle(of_stream)
+        whole = _fields(config, but={"stream"}) != _fields(device.config, but={"stream"})
+        files, bundles = {one.name: Files.of(one) for one in config.stream}, {}
+        for one in config.stream:
+            stream = device.streams.get(one.name)
+            unchanged = stream and one == stream.config and not whole
+            bundles[one.name] = stream.pipeline.newest.bundle if stream and unchanged else read_bundle(one)
+        if whole:
             logger.info("the configuration concerns the whole device, which starts anew")
-            self.replacement = config
+            device.replacement = config
             return
-        models: dict[str, Model] = {}
-        try:
-            for of_stream in config.stream:
-                stream = device.streams.get(of_stream.name)
-                if stream is None or _differ(of_stream, stream.config, _OF_SETTINGS):
-                    models[of_stream.name] = self._load(of_stream, stream)
-                elif of_stream != stream.config:
-                    read_bundle(of_stream)
-        except BaseException:
-            for model in models.values():
-                model.close()
-            raise
+        device.check_groups(bundles)
+        opened: list[Stream] = []
+        changed: list[tuple[Stream, StreamConfig, Model | None]] = []
+        with ExitStack() as unused:
+            for one in config.stream:
+                stream = device.streams.get(one.name)
+                if stream and one == stream.config:
+                    continue
+                if stream and not stream.ended and not _differ(one, stream.config, _OF_SETTINGS):
+                    stream.pipeline.check(one)
+                    changed.append((stream, one, None))
+                    continue
+                model = self._load(one, bundles[one.name], stream, len(config.stream))
+                unused.callback(model.close)
+                if stream and not stream.ended and _takes(stream, one, model):
+                    stream.pipeline.check(one, model)
+                    changed.append((stream, one, model))
+                else:
+                    opened.append(device.open(one, files[one.name], model))
+                    unused.callback(opened[-1].pipeline.close)
+            unused.pop_all()
         device.config = config
-        for name in device.streams.keys() - {of_stream.name for of_stream in config.stream}:
-            device.remove(name)
-        for of_stream in config.stream:
-            if of_stream.name in models:
-                self._run_with(of_stream, models[of_stream.name])
-            else:
-                stream = device.streams[of_stream.name]
-                stream.pipeline.adopt(of_stream)
-                stream.config = of_stream
+        for stream, one, other in changed:
+            stream.pipeline.adopt(one, other)
+            stream.config, stream.files = one, files[one.name]
+        device.change(opened, device.streams.keys() - bundles.keys())
         logger.info("the configuration was read again")
 
 
@@ -199,18 +193,9 @@ def _differ(one: StreamConfig, other: StreamConfig, but: set[str] | frozenset[st
     return _fields(one, but) != _fields(other, but)
 
 
-def _key(config: StreamConfig) -> Key:
-    return config.name, config.bundle, config.labels
-
-
-def _files(config: StreamConfig) -> Files:
-    path = Path(config.bundle)
-    paths = [path, path.with_name(f"{path.stem}_edgetpu.tflite"), *([Path(config.labels)] if config.labels else [])]
-    found: list[tuple[int, int, int] | None] = []
-    for one in paths:
-        try:
-            status = one.stat()
-            found.append((status.st_size, status.st_mtime_ns, status.st_ino))
-        except OSError:
-            found.append(None)
-    return tuple(found)
+def _takes(stream: Stream, config: StreamConfig, model: Model) -> bool:
+    """Whether ``model`` takes what the source of ``stream`` gives, which is the one of ``config``."""
+    given = model.bundle.input
+    return not _differ(config, stream.config, _OF_SETTINGS | _OF_MODEL) and (
+        not isinstance(given, AudioInput) or given == stream.pipeline.newest.bundle.input
+    )

@@ -20,6 +20,7 @@ from paho.mqtt.properties import Properties
 import edgekit
 from edgekit.devices.commands import MAX_COMMAND_BYTES, Commands, response_topic
 from edgekit.devices.config import StreamConfig
+from edgekit.devices.counts import Counts
 from edgekit.devices.frames import Frame, Source
 from edgekit.devices.health import device_health
 from edgekit.devices.interpreter import load
@@ -124,7 +125,9 @@ def test_pause_of_a_camera_drops_what_comes_until_resume(run: Any, colour: Any) 
     running.source.put(colour("blue")[..., ::-1])
     message = running.next()
     assert (message.seq, message.predictions[0].label) == (2, "blue")
-    health = json.loads(encode(device_health({"door": running.pipeline}, SpoolHealth(0, 0, None, {}), None, 0.0)))
+    health = json.loads(
+        encode(device_health({"door": running.pipeline}, Counts(), SpoolHealth(0, 0, None, {}), None, 0.0))
+    )
     jsonschema.validate(health, HEALTH)
     assert health["captured"] == 7 and health["inferred"] == 2
     assert health["dropped"] == {"behind": 0, "paused": 5} and health["in_flight"] == 0
