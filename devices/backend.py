@@ -134,8 +134,9 @@ class Interpreted:
         return raw.reshape(-1)
 
     def reset(self) -> None:
-        for old, _, zero in self._states:
-            self._interpreter.tensor(old)()[...] = zero
+        if interpreter := self._interpreter:
+            for old, _, zero in self._states:
+                interpreter.tensor(old)()[...] = zero
 
     def close(self) -> None:
         """Frees the interpreter's memory."""

@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 
 Preprocessor: TypeAlias = "ImagePreprocessor | WindowPreprocessor | StreamPreprocessor"
 
-# A delegate that failed is tried again so often.
-RETRY_S = 300.0
+# A delegate that does not work is tried again soon after the start, when another process may have let go of it, and
+# then so often.
+FIRST_RETRY_S, RETRY_S = 10.0, 300.0
 # Where there is no other one, it is loaded anew, unless so many in a row failed at once.
 MAX_FAILURES = 3
 
@@ -74,7 +75,7 @@ class Chain:
         # A preferred one that was loaded meanwhile; it takes over between two calls.
         self._waiting: Loaded | None = None
         self._trial: Iterator[None] | None = None
-        self._retry_at_s = time.monotonic() + RETRY_S
+        self._retry_at_s = time.monotonic() + FIRST_RETRY_S
         self.active = self._first(0)
 
     def renew(self) -> None:
@@ -175,14 +176,18 @@ class Chain:
         in_files = not isinstance(self._ops, CustomOpResolver)
         # What a resolver holds can be called in this process only.
         if not plan.library and plan.name != "gpu" and not (in_files and self._ops):
-            file = plan.file
             return plan, Interpreted(
-                file.content, file.path, runtime=self._runtime, threads=self._threads, ops=self._ops
+                plan.file.content, plan.file.path, runtime=self._runtime, threads=self._threads, ops=self._ops
             )
         ops = self._ops.paths if isinstance(self._ops, CustomOpResolver) else self._ops
         from edgekit.devices.isolated import Isolated  # which few need
 
-        worker = Isolated(plan, runtime=self._runtime, threads=self._threads, ops=ops, hang_s=self._hang_s)
+        try:
+            worker = Isolated(plan, runtime=self._runtime, threads=self._threads, ops=ops, hang_s=self._hang_s)
+        except OSError as error:
+            raise BundleError(
+                f"delegate {plan.name} cannot have a process of its own ({error})", mend="make room for it"
+            ) from error
         self._workers.add(worker)
         return plan, worker
 

@@ -17,6 +17,7 @@ if __name__ == "__main__":
     sys.path[:] = json.loads(sys.argv[1])["python_path"]  # so that imports are those of the other side
 
 import dataclasses
+import math
 import mmap
 import os
 import signal
@@ -26,29 +27,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edgekit.devices.backend import Accelerated, Backend, Interpreted, TensorType
 
 INVOKE, RESET = b"i", b"r"
 DONE, FAILED = b".", b"!"
-# Where the output begins: on a cache line of its own.
-ALIGNMENT = 64
 # The other side ends what hangs. If it ended itself meanwhile, this does: the kernel, as a hang may hold Python's lock.
 _GRACE_S = 10.0
 
 
-def views(memory: Any, input: TensorType, output: TensorType) -> list[np.ndarray[Any, Any]]:
+def layout(input: TensorType, output: TensorType) -> tuple[int, int]:
+    """Where the output begins in shared memory, on a cache line of its own, and bytes of it all."""
+    given, made = (np.dtype(tensor.dtype).itemsize * math.prod(tensor.shape) for tensor in (input, output))
+    begins = -(-given // 64) * 64
+    return begins, begins + made
+
+
+def views(memory: mmap.mmap, input: TensorType, output: TensorType) -> list[npt.NDArray[Any]]:
     """The input tensor and the raw output, (classes,), in shared memory."""
-    given = np.dtype(input.dtype).itemsize * int(np.prod(input.shape))
-    return [
-        np.frombuffer(memory, input.dtype, int(np.prod(input.shape))).reshape(input.shape),
-        np.frombuffer(memory, output.dtype, int(np.prod(output.shape)), -given % ALIGNMENT + given),
-    ]
-
-
-def _size(input: TensorType, output: TensorType) -> int:
-    given, made = (np.dtype(tensor.dtype).itemsize * int(np.prod(tensor.shape)) for tensor in (input, output))
-    return -given % ALIGNMENT + given + made
+    given = np.frombuffer(memory, input.dtype, math.prod(input.shape))
+    begins, _ = layout(input, output)
+    return [given.reshape(input.shape), np.frombuffer(memory, output.dtype, math.prod(output.shape), begins)]
 
 
 def _load(task: dict[str, Any]) -> Backend:
@@ -85,7 +85,7 @@ def main(task: dict[str, Any]) -> None:
     os.dup2(2, 1)  # what drivers print on standard output belongs with the other messages
     try:
         backend = _load(task)
-        os.ftruncate(task["memory"], _size(backend.input, backend.output))
+        os.ftruncate(task["memory"], layout(backend.input, backend.output)[1])
         given, made = views(mmap.mmap(task["memory"], 0), backend.input, backend.output)
         if task["library"] or task["gpu"]:  # one that cannot run costs no frame
             given[...] = backend.input.zero_point

@@ -224,7 +224,7 @@ def test_delegate_that_is_none_is_an_error(
     [
         ("invoke fail 1000", "failed", r"failed \(.*the stand-in has had enough"),
         ("invoke crash 3", "crashed", r"crashed \(SIGSEGV\)"),
-        ("invoke hang 3", "hung", "gave nothing for 1 s"),
+        ("invoke hang 3", "hung", "gave nothing for 2 s"),
     ],
 )
 def test_library_that_fails_later_costs_a_frame(
@@ -239,14 +239,14 @@ def test_library_that_fails_later_costs_a_frame(
     stand_in.behave(behaviour)
     good = int(behaviour.split()[-1]) - 2  # one more was tried when it was loaded
     of_bundle = bundle.read(models / "float32.tflite")
-    with Model(of_bundle, delegate=str(stand_in.path), hang_s=1.0) as model:
+    with Model(of_bundle, delegate=str(stand_in.path), hang_s=2.0 if "hang" in behaviour else 60.0) as model:
         tensor = model.preprocess(colour("green"))
         for _ in range(good):
             model.invoke(tensor)
         assert model.delegate == "stand_in.so" and not warnings()
         with pytest.raises(InferenceError, match=rf"delegate stand_in\.so {reason}") as raised:
             model.invoke(tensor)
-        assert (raised.value.cause, model.delegate, model.operators_delegated) == (cause, "cpu", 4)
+        assert (raised.value.cause, model.delegate) == (cause, "cpu")
         assert named(model, colour("green")) == "green"
     (line,) = warnings().splitlines()
     assert line.endswith("cpu goes on; check that it fits this runtime and this machine")
@@ -368,7 +368,6 @@ def test_process_ends_with_one_that_is_killed(models: Path, stand_in: StandIn, u
     ) as running:
         assert running.stdout
         process = int(running.stdout.readline())
-        assert Path(f"/proc/{process}").exists()
         running.kill()
     until(lambda: not Path(f"/proc/{process}").exists())
 
