@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 USAGE = "camera:N, camera:csi, /dev/video…, rtsp://…, http://… (MJPEG), a video, an image or a folder of images"
 
-# So many images are read ahead; each is kept as it is in memory.
-READ_AHEAD = 2
+# So many images are read ahead; each is kept as it is in memory. One is enough where decoding is quicker than inference.
+READ_AHEAD = 1
 # How long a thread that reads may take to end; one that waits for a file server is left behind.
 CLOSE_S = 1.0
 _NOTICE_S = 0.2
