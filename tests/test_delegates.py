@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -259,6 +260,24 @@ def test_strict_goes_on_with_no_other_delegate(models: Path, stand_in: StandIn, 
         with pytest.raises(BundleError, match=r"delegate stand_in\.so failed .*; check that it fits") as raised:
             model.predict(colour("green"))
         assert not isinstance(raised.value, InferenceError)
+
+
+def test_run_goes_on_without_the_frame(
+    models: Path, stand_in: StandIn, frames: Path, edgekit_cli: Any, edgekit_fails: Any
+) -> None:
+    stand_in.behave("invoke crash 4")
+    command = ("run", models / "float32.tflite", "--source", frames, "--broker", "none", "--delegate", stand_in.path)
+    result = edgekit_cli(*command, "--json")
+    told = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(one["seq"], one["delegate"], one["predictions"][0]["label"]) for one in told] == [
+        (1, "stand_in.so", "red"),
+        (2, "stand_in.so", "green"),
+        (3, "cpu", "red"),
+        (4, "cpu", "green"),
+        (5, "cpu", "blue"),
+    ], result.stderr
+    assert result.returncode == 0 and "6 captured, 5 inferred, 0 dropped, 1 failed" in result.stderr
+    assert "delegate stand_in.so crashed (SIGSEGV)" in edgekit_fails(*command, "--strict")
 
 
 def test_stream_begins_anew_with_the_next_delegate(sound_models: Path, stand_in: StandIn) -> None:
