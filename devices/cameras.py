@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import cv2
 
+from edgekit.devices.buffers import Image
 from edgekit.devices.frames import public_name
 from edgekit.errors import SourceError
 
@@ -52,8 +53,9 @@ class Camera(Protocol):
     def grab(self) -> float | None:
         """Waits for the next frame; when it was taken, monotonic, in s. None: there is none any more."""
 
-    def retrieve(self) -> Any:
-        """The frame grabbed last, decoded: an array in OpenCV's channel order. None: it could not be."""
+    def retrieve(self, into: Image | None, /) -> Any:
+        """The frame grabbed last, decoded: an array in OpenCV's channel order, in the memory of ``into`` where it fits.
+        None: it could not be."""
 
     def close(self) -> None: ...
 
@@ -69,8 +71,8 @@ class Capture:
             return None
         return _taken_s(self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1e3 if self._stamped else None)
 
-    def retrieve(self) -> Any:
-        ok, image = self._capture.retrieve()
+    def retrieve(self, into: Image | None, /) -> Any:
+        ok, image = self._capture.retrieve(into)
         return image if ok else None
 
     def close(self) -> None:
@@ -94,7 +96,7 @@ class PiCamera:
         stamp_ns = self._request.get_metadata().get("SensorTimestamp")
         return _taken_s(stamp_ns / 1e9 if stamp_ns else None)
 
-    def retrieve(self) -> Any:
+    def retrieve(self, _into: Image | None, /) -> Any:
         image = self._request.make_array("main")
         self._release()
         return image

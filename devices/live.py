@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit.devices import frames
+from edgekit.devices.buffers import Buffers
 from edgekit.devices.cameras import Camera
 from edgekit.devices.frames import Frame, Source
 from edgekit.errors import SourceError
@@ -83,6 +84,7 @@ class LiveSource(Source):
         self._open_camera, self._drop = open_camera, drop
         self._darkness = Darkness(self.name)
         self._changed = threading.Condition()
+        self._buffers = Buffers()
         self._waiting: Frame | None = None
         self._persistent = patient  # from the first opening at the latest
         self._begins = False  # after a gap, until a frame from behind it was given
@@ -211,13 +213,17 @@ class LiveSource(Source):
                 if self._drop == "newest" and self._waiting:
                     self._deliver(reader, None)  # without decoding it
                     continue
-                frame = _frame(taken_s, reader.call(camera.retrieve))
+                frame = _frame(taken_s, self._retrieve(reader, camera))
                 self._deliver(reader, frame)
                 unreadable = unreadable + 1 if frame.error else 0
                 if unreadable == MAX_UNREADABLE:
                     raise SourceError(f"source {self.name} gives nothing that can be used ({frame.error})")
         finally:
             reader.call(camera.close)
+
+    def _retrieve(self, reader: Reader, camera: Camera) -> Any:
+        image = reader.call(lambda: camera.retrieve(self._buffers.take()))
+        return image if image is None else self._buffers.lend(image)
 
     def _deliver(self, reader: Reader, frame: Frame | None) -> None:
         """``frame`` is the next to be used, unless its reader is no longer in charge. None: it is dropped."""

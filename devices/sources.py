@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit.audio import AUDIO_SUFFIXES
+from edgekit.devices.buffers import Buffers
 from edgekit.devices.cameras import Hints, camera_opener
 from edgekit.devices.frames import Frame, Prepared, Source, public_name
 from edgekit.devices.live import LiveSource
@@ -27,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 USAGE = "camera:N, camera:csi, /dev/video…, rtsp://…, http://… (MJPEG), a video, an image or a folder of images"
 
-# So many images are read ahead; each is kept as it is in memory. One is enough where decoding is quicker than inference.
+# So many images are read ahead; each is kept as it is in memory. One is enough where decoding is quicker than
+# inference.
 READ_AHEAD = 1
 # How long a thread that reads may take to end; one that waits for a file server is left behind.
 CLOSE_S = 1.0
@@ -133,7 +135,7 @@ class VideoSource(FileSource):
     def __init__(self, spec: str, stop: threading.Event, path: Path, loop: bool) -> None:
         super().__init__(spec, stop)
         self._path, self._loop = path, loop
-        self._capture = self._open()
+        self._capture, self._buffers = self._open(), Buffers()
 
     def _open(self) -> Any:
         capture = cv2.VideoCapture(str(self._path))
@@ -146,10 +148,10 @@ class VideoSource(FileSource):
         while True:
             number = 0
             while True:
-                ok, image = self._capture.read()
+                ok, image = self._capture.read(self._buffers.take())
                 if not ok:
                     break
-                yield Picture(image, FileInput(printable(self._path.name), number))
+                yield Picture(self._buffers.lend(image), FileInput(printable(self._path.name), number))
                 number += 1
             if number == 0:
                 raise SourceError(f"source {self.name} has no frames", mend="give a video that OpenCV can decode")

@@ -64,7 +64,7 @@ class Capture:
         time.sleep(0.005)
         return not self.device.unplugged
 
-    def retrieve(self) -> tuple[bool, Any]:
+    def retrieve(self, _into: Any = None) -> tuple[bool, Any]:
         return self.device.image is not None, self.device.image
 
     def release(self) -> None:

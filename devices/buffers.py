@@ -1,0 +1,32 @@
+"""The memory of frames, used again and again."""
+
+from __future__ import annotations
+
+import weakref
+
+import numpy as np
+import numpy.typing as npt
+
+Image = npt.NDArray[np.uint8]
+
+
+class Buffers:
+    """Of images that nobody looks at any more, for the next ones.
+
+    An image takes megabytes. Were each a new array, malloc would cut up what the ones before left, and a process would
+    grow by some images whenever a camera is opened again.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[Image] = []
+
+    def take(self) -> Image | None:
+        """One to write the next image into; None: there is none, and OpenCV makes one."""
+        return self._free.pop() if self._free else None
+
+    def lend(self, image: Image) -> Image:
+        """What others look at. ``image`` is free again when this and all that was cut out of it are no more."""
+        # By way of a memoryview (data): what is cut out of a plain view would refer to the image, not to the view.
+        view = np.asarray(image.data)
+        weakref.finalize(view, self._free.append, image).atexit = False
+        return view
