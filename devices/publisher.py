@@ -46,7 +46,7 @@ REFUSED_RETRY_S = 10.0
 CLOSE_TIMEOUT_S = 30.0
 # Told to stop, or without ever having reached the broker, it gives up after so long. With the time that sources and
 # models take to end, a run that is told to stop says offline within 5 s.
-STOP_TIMEOUT_S, OFFLINE_TIMEOUT_S = 2.0, 1.0
+STOP_TIMEOUT_S, OFFLINE_TIMEOUT_S = 1.5, 1.0
 # Who waits for room or for the broker looks so often.
 _WAIT_S = 0.01
 # A broker keeps larger commands to itself.

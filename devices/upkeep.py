@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 1.0
 # At the end, what it is loading is waited for so long.
-_END_S = 0.5
+_END_S = 0.3
 # Of a stream, what may change without another model, and what with another model but on the same source.
 _OF_SETTINGS = CHANGEABLE | {"smoothing", "hysteresis"}
 _OF_MODEL = {"bundle", "labels", "delegate", "strict", "threads", "ops"}

@@ -339,3 +339,35 @@ def mosquitto(
 @pytest.fixture
 def broker(mosquitto: Callable[..., Mosquitto]) -> Mosquitto:
     return mosquitto()
+
+
+@pytest.fixture
+def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Starts ``edgekit.run`` in threads, which look often whether something has changed: see running.py."""
+    from running import Running
+
+    monkeypatch.setattr("edgekit.devices.upkeep.LOOK_S", 0.05)
+    started: list[Running] = []
+
+    def start(**options: Any) -> Running:
+        started.append(Running(**options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.end()
+
+
+def _picture(label: str, folder: Path) -> Path:
+    cv2.imwrite(str(folder / f"{label}.png"), colour_image(label)[..., ::-1])
+    return folder / f"{label}.png"
+
+
+@pytest.fixture
+def red(tmp_path: Path) -> Path:
+    return _picture("red", tmp_path)
+
+
+@pytest.fixture
+def blue(tmp_path: Path) -> Path:
+    return _picture("blue", tmp_path)
