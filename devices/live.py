@@ -220,6 +220,7 @@ class LiveSource(Source):
                     raise SourceError(f"source {self.name} gives nothing that can be used ({frame.error})")
         finally:
             reader.call(camera.close)
+            self._buffers.give_back()
 
     def _retrieve(self, reader: Reader, camera: Camera) -> Any:
         image = reader.call(lambda: camera.retrieve(self._buffers.take()))
