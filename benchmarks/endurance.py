@@ -145,7 +145,7 @@ class Run:
         self.healths: list[HealthMessage] = []
         self.statuses: list[object] = []
         model, spool = options.model.resolve(), folder / "spool"
-        command = [sys.executable, "-m", "edgekit", "run"]
+        command: list[object] = [sys.executable, "-m", "edgekit", "run"]
         if options.streams == 1:
             command += [model, "--source", camera, "--broker", broker, "--device-id", DEVICE, "--spool", spool]
         else:
@@ -227,7 +227,8 @@ def endure(run: Run, steps: list[tuple[float, Callable[[], None]]], options: arg
         run.receive(0.1)
         if run.process.poll() is not None or time.monotonic() > deadline_s:
             sys.exit(f"edgekit run gives no predictions:\n{run.log.read_text()}")
-    samples, due, began_s = [], [*steps], time.monotonic()
+    samples: list[Sample] = []
+    due, began_s = [*steps], time.monotonic()
     with options.csv.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Sample)])
         writer.writeheader()
@@ -271,7 +272,7 @@ def report(run: Run, camera: Camera, samples: list[Sample], exit_s: float, optio
     more = {name: grown([getattr(sample, name) for sample in warm]) for name in ("processes", "threads", "files")}
     told, accounting, healths = run.told(), run.subscriber.accounting, run.healths
     left = told["captured"] - told["inferred"] - told["dropped"] - told["failed"]
-    inexact = [one for health in healths for one in (health, *health.streams.values()) if not exact(one)]
+    inexact = [health for health in healths if not (exact(health) and all(map(exact, health.streams.values())))]
     gaps = sum(stream.gaps for stream in healths[-1].streams.values()) if healths else 0
     code = run.process.returncode
     rows = [

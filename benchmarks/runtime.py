@@ -73,7 +73,7 @@ def timed(model: str, video: str, broker: str, threads: int, frames: int, spool:
         if len(inference_ms) == WARM_UP_FRAMES + frames:
             stop.set()
 
-    VideoSource.__iter__ = iterate  # type: ignore[method-assign]
+    VideoSource.__iter__ = iterate  # type: ignore[assignment, method-assign]
     edgekit.run(
         model, video, broker=broker, threads=threads, device_id="timed", delegate="cpu", spool=spool, loop=True,
         stop=stop, on_prediction=count,
@@ -170,7 +170,7 @@ class EdgekitRun:
 
 def family(pid: int) -> list[int]:
     """The process and all that came of it."""
-    children = []
+    children: list[int] = []
     with suppress(OSError):  # it has just ended
         for thread in Path(f"/proc/{pid}/task").iterdir():
             children += map(int, (thread / "children").read_text().split())

@@ -87,7 +87,7 @@ def main() -> None:
     if what.startswith("mediapipe"):
         predict = mediapipe(*arguments, kept=KEPT if what == "mediapipe-memory" else 0)
     else:
-        predict = {"bare": bare, "plain": plain}[what](*arguments)
+        predict = bare(*arguments) if what == "bare" else plain(*arguments)
     predict()
     print("ready", flush=True)
     for line in sys.stdin:
