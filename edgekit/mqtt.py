@@ -232,7 +232,9 @@ class Connection:
                 self._dial()
             else:
                 wait_s = min(wait_s, self._retry_s - now_s)
-        if self._client and self._sock:
+        if self._client and self._sock and not self._client.socket():
+            wait_s = 0.0  # paho has closed it, having found at a publish that it is gone
+        elif self._client and self._sock:
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._client.want_write() else 0)
             if self._selector.get_key(self._sock).events != events:
                 self._selector.modify(self._sock, events)
@@ -383,7 +385,8 @@ class Connection:
         """Forgets the connection. paho may have closed its socket, which the selector still lists then."""
         self._client = None
         if self._sock:
-            self._selector.unregister(self._sock)
+            with contextlib.suppress(KeyError, ValueError):  # this thread must never end for it
+                self._selector.unregister(self._sock)
             self._sock.close()
             self._sock = None
 

@@ -208,6 +208,29 @@ def test_connects_again_and_forgets_what_was_under_way(
     assert got == [b"connected", b"connected"]
 
 
+def test_connection_that_a_publish_finds_gone_is_made_again(
+    broker: Any, connection: Any, until: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """paho closes its socket then, which the selector still has."""
+    die = threading.Event()
+
+    def on_turn() -> None:
+        if die.is_set() and one.connected:
+            die.clear()
+            broker.kill()
+            while one.client.socket():
+                one.publish("t", "x")
+
+    one = connection(broker.url, on_turn=on_turn)
+    assert one.start(10)
+    die.set()
+    one.wake()
+    until(lambda: not one.connected)
+    broker.start()
+    until(lambda: one.connected)
+    assert "unexpected" not in caplog.text
+
+
 def test_second_client_of_the_same_name_is_named_as_the_reason(
     broker: Any, connection: Any, caplog: Any, until: Any
 ) -> None:
