@@ -128,7 +128,7 @@ class Publisher:
             on_turn=self._turn,
         )
         try:
-            self._connection.start(patience_s=None)
+            self._connection.start(patience_s=None, stop=stop)
         except BaseException:
             spool.close()
             raise

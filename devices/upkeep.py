@@ -136,8 +136,9 @@ class Upkeep:
             self._take(self._read())
         except EdgekitError as error:
             logger.error("%s; the configuration before stays in force", error)
-        if not self._device.replacement:  # which says so when it runs
-            notify("READY=1")
+        finally:
+            if not self._device.replacement:  # which says so when it runs
+                notify("READY=1")
 
     def _take(self, config: Config) -> None:
         """All of it, or nothing.

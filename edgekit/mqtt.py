@@ -132,12 +132,13 @@ class Connection:
 
     # -- for any thread --------------------------------------------------------------------------------------------
 
-    def start(self, patience_s: float | None = 0.0) -> bool:
+    def start(self, patience_s: float | None = 0.0, stop: threading.Event | None = None) -> bool:
         """Starts the thread and waits for the first connection; whether there is one.
 
         Args:
             patience_s: keep trying for so long where the broker cannot be reached; None: not having reached it is no
                 error, and it goes on trying.
+            stop: with ``patience_s`` None, ends the waiting when set.
 
         Raises:
             BrokerError: the broker refuses the connection, or cannot be reached.
@@ -151,7 +152,7 @@ class Connection:
                     if self._refused and self._error:
                         raise self._error
                     waited_s = time.monotonic() - started_s
-                    if patience_s is None and (self._error or waited_s > START_S):
+                    if patience_s is None and (self._error or waited_s > START_S or (stop and stop.is_set())):
                         return False
                     if patience_s is not None and self._error and waited_s >= patience_s:
                         raise self._error

@@ -65,9 +65,12 @@ def test_stream_that_fails_ends_the_run_with_its_error(
         return invoke(self, tensor)
 
     monkeypatch.setattr(Model, "invoke", fails)
+    events = broker.subscribe("edgekit/pi/main/event", "-C", "2", "-W", "10")
     with pytest.raises(BundleError, match="the interpreter is broken"):
         edgekit.run(models / "int8.tflite", str(red), loop=True, broker=broker.url, device_id="pi")
     assert dict(broker.subscribe("edgekit/+/status", "-W", "1")()) == {"edgekit/pi/status": "offline"}
+    (_, begin), (_, end) = events()
+    assert (begin["event"], end["event"]) == ("begin", "end") and begin["event_id"] == end["event_id"]
 
 
 def test_model_that_hangs_in_this_process_ends_the_run_and_the_broker_hears_of_it(

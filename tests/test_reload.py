@@ -337,6 +337,59 @@ def test_reload_that_cannot_open_a_source_changes_nothing(
     assert len(seqs(run, "a")) == len(seqs(run, "b")) == 1
 
 
+def test_stream_that_is_paused_stays_so_with_another_source(
+    models: Path, red: Path, blue: Path, tmp_path: Path, broker: Any, running: Any, until: Any, caplog: Any
+) -> None:
+    caplog.set_level(logging.INFO, "edgekit")
+    config, model = tmp_path / "edgekit.toml", models / "int8.tflite"
+    config.write_text(settings(broker.url, of_stream("a", model, red)))
+    run = running(config=config)
+    until(lambda: run.predictions)
+    broker.publish("edgekit/pi/command", {"command": "pause"})
+    until(lambda: "paused" in caplog.text)
+    config.write_text(settings(broker.url, of_stream("a", model, blue)))
+    run.reload.set()
+    until(lambda: "the configuration was read again" in caplog.text)
+    time.sleep(0.3)
+    assert "blue" not in run.labels("a")
+    broker.publish("edgekit/pi/command", {"command": "resume"})
+    until(lambda: "blue" in run.labels("a"))
+
+
+def test_stream_that_has_ended_runs_again_when_its_configuration_changes(
+    models: Path, red: Path, blue: Path, tmp_path: Path, running: Any, until: Any
+) -> None:
+    config, model = tmp_path / "edgekit.toml", models / "int8.tflite"
+    others, once = of_stream("a", model, red), of_stream("once", model, red, "top_k = 2").replace("loop = true", "")
+    config.write_text(settings("none", others, once))
+    run = running(config=config)
+    until(lambda: run.labels("once"))
+    for text, predicted in ((once, 1), (once.replace("top_k = 2", "top_k = 1"), 2)):
+        config.write_text(settings("none", others, text))
+        run.reload.set()
+        until(lambda: not run.reload.is_set() and len(run.labels("once")) == predicted)  # noqa: B023
+        goes_on(run, until)
+    assert len(run.labels("once")) == 2 and len(seqs(run, "a")) == 1
+
+
+def test_upkeep_that_fails_is_told_once(
+    models: Path, red: Path, running: Any, until: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgekit.devices.interpreter import Model
+
+    tended: list[Model] = []
+
+    def tend(model: Model) -> None:
+        tended.append(model)
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(Model, "tend", tend)
+    run = running(bundle=models / "int8.tflite", source=str(red), loop=True, max_fps=50, broker="none")
+    until(lambda: len(tended) > 3)
+    goes_on(run, until)
+    assert caplog.text.count("upkeep failed (RuntimeError: no more)") == 1 and "Traceback" not in caplog.text
+
+
 @pytest.fixture
 def cameras(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[NetworkCamera]]:
     monkeypatch.setattr("edgekit.devices.frames.RETRY_S", 0.05)
