@@ -176,9 +176,9 @@ class StreamHealth(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HealthMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """Payload of ``<base>/health``. Counts are of this boot and of all streams, and always
-    ``captured = inferred + dropped + failed + in_flight``; ``dropped`` is by cause; ``streams`` tells of each. Null:
-    the device does not tell."""
+    """Payload of ``<base>/health``. Counts are of this boot and of all streams, also of those that another
+    configuration has ended, and always ``captured = inferred + dropped + failed + in_flight``; ``dropped`` is by cause;
+    ``streams`` tells of each that there is. Null: the device does not tell."""
 
     schema: Literal["edgekit.health/1"]
     captured: Count
