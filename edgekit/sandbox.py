@@ -46,7 +46,7 @@ class Sandbox:
         delegate: ``cpu`` (XNNPACK), ``none``, ``gpu`` (LiteRT's GPU accelerator) or the path of a delegate library.
         threads: threads of the CPU kernels.
         ops: files with kernels of custom operators beside EdgeKit's own, as :class:`CustomOpResolver` takes them.
-        timeout_s: a runtime that says nothing for so long hangs.
+        timeout_s: a runtime that says nothing for so long hangs; None takes two minutes.
 
     Attributes:
         pieces: the operators in each piece that a delegate (on the CPU: XNNPACK) took, by their position in the graph;
@@ -65,9 +65,9 @@ class Sandbox:
         delegate: str = "cpu",
         threads: int = 1,
         ops: Sequence[str | os.PathLike[str]] = (),
-        timeout_s: float = STALL_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> None:
-        self._timeout_s = timeout_s
+        self._timeout_s = STALL_TIMEOUT_S if timeout_s is None else timeout_s
         self._resolver = CustomOpResolver(*ops)
         self._model = _read(path)
         operators = self._model.operators if self._model else []
