@@ -219,7 +219,8 @@ def picamera2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
 
     def install(source: str) -> Any:
         (tmp_path / "picamera2.py").write_text(source)
-        monkeypatch.delitem(sys.modules, "picamera2", raising=False)
+        monkeypatch.setitem(sys.modules, "picamera2", None)  # so that at the end it is gone again
+        monkeypatch.delitem(sys.modules, "picamera2")
         return importlib.import_module("picamera2") if source == PICAMERA2 else None
 
     return install
