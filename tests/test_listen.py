@@ -30,8 +30,6 @@ def listen(broker: Any, until_listening: Any) -> Iterator[Callable[..., subproce
     def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "edgekit", "listen", "--broker", broker.url, "--timeout", "20", *arguments]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-        # Tests that run in the background of a shell would hand down that SIGINT is ignored.
-        options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         started.append(subprocess.Popen(command, **options))
         until_listening(started[-1])
         return started[-1]
