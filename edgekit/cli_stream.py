@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import queue
 import signal
 import sys
 import threading
@@ -176,17 +177,25 @@ def run(
 
     stop, reload, started = threading.Event(), threading.Event(), threading.Event()
     interrupted = []
+    # An event is not to be set by a handler: another signal may come in the midst of it, which would wait for ever.
+    asked: queue.SimpleQueue[threading.Event] = queue.SimpleQueue()
+
+    def obey() -> None:
+        while True:
+            asked.get().set()
+
+    threading.Thread(target=obey, name="signals", daemon=True).start()
 
     def on_signal(number: int, _frame: object) -> None:
         interrupted.append(number)
-        stop.set()
+        asked.put(stop)
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
         if not started.is_set():  # still opening or connecting: nothing is lost
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(0)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
-    signal.signal(signal.SIGHUP, lambda _number, _frame: reload.set())
+    signal.signal(signal.SIGHUP, lambda _number, _frame: asked.put(reload))
 
     bar: Any = nullcontext()
     shown = itertools.count(1)

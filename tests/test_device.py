@@ -109,3 +109,21 @@ def test_sigterm_ends_within_five_seconds_whatever_the_broker_does(
     _, log = process.communicate(timeout=20)
     assert process.returncode == 0 and time.monotonic() - began_s < 5, log
     assert "sent by the next run" in log and "Traceback" not in log
+
+
+def test_storm_of_signals_is_survived(models: Path, red: Path, tmp_path: Path) -> None:
+    """Also where one comes while another is being dealt with."""
+    config = tmp_path / "edgekit.toml"
+    config.write_text(settings("none", of_stream("a", models / "int8.tflite", red)))
+    command = [sys.executable, "-m", "edgekit", "run", "--config", config, "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline()
+    try:
+        for _ in range(40_000):
+            process.send_signal(signal.SIGHUP)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            process.send_signal(number)
+        _, log = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in log, log
