@@ -160,6 +160,38 @@ def test_bundle_that_is_gone_is_told_once_and_one_that_is_the_same_is_not_taken_
     assert caplog.text.count("No such file") == 1 and "from now on" not in caplog.text
 
 
+def test_bundle_that_changes_while_it_is_loaded_is_taken(
+    models: Path, red: Path, tmp_path: Path, running: Any, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgekit.devices import device
+
+    bundle, read = tmp_path / "bundle.tflite", device.read_bundle
+    shutil.copyfile(models / "int8.tflite", bundle)
+
+    def read_and_change(config: Any) -> Any:
+        found = read(config)
+        replace(models / "float32.tflite", bundle)
+        return found
+
+    monkeypatch.setattr(device, "read_bundle", read_and_change)
+    run = running(bundle=bundle, source=str(red), loop=True, max_fps=100, broker="none")
+    until(lambda: run.predictions and run.predictions[-1].bundle.name == "float32")
+    assert run.predictions[0].bundle.name == "int8"
+
+
+def test_model_compiled_for_coral_is_looked_at_when_it_comes(
+    models: Path, red: Path, tmp_path: Path, running: Any, until: Any, caplog: Any
+) -> None:
+    caplog.set_level(logging.INFO, "edgekit")
+    bundle = tmp_path / "bundle.tflite"
+    shutil.copyfile(models / "int8.tflite", bundle)
+    run = running(bundle=bundle, source=str(red), loop=True, max_fps=100, broker="none")
+    until(lambda: run.predictions)
+    shutil.copyfile(models / "int8.tflite", tmp_path / "bundle_edgetpu.tflite")
+    until(lambda: "from now on bundle int8" in caplog.text)
+    goes_on(run, until)
+
+
 def test_bundle_is_taken_after_a_pause_as_it_is_then_and_with_what_commands_have_set(
     models: Path, red: Path, tmp_path: Path, broker: Any, running: Any, until: Any, caplog: Any
 ) -> None:
