@@ -195,7 +195,8 @@ def run(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
-    signal.signal(signal.SIGHUP, lambda _number, _frame: asked.put(reload))
+    if config is not None:  # without one it is a terminal that was closed
+        signal.signal(signal.SIGHUP, lambda _number, _frame: asked.put(reload))
 
     bar: Any = nullcontext()
     shown = itertools.count(1)

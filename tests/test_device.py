@@ -127,3 +127,13 @@ def test_storm_of_signals_is_survived(models: Path, red: Path, tmp_path: Path) -
     finally:
         process.kill()
     assert process.returncode == 130 and "Traceback" not in log, log
+
+
+def test_closed_terminal_ends_a_run_that_has_no_configuration_to_read(models: Path, red: Path, broker: Any) -> None:
+    command = [sys.executable, "-m", "edgekit", "run", models / "int8.tflite", "--source", red, "--loop", "--json"]
+    command += ["--broker", broker.url, "--device-id", "pi"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout and process.stdout.readline()
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=20)
+    assert dict(broker.subscribe("edgekit/+/status", "-W", "1")()) == {"edgekit/pi/status": "offline"}
