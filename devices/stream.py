@@ -108,6 +108,7 @@ class Stream:
     Attributes:
         config: as asked for; a command may have changed it since, as its pipeline knows.
         files: as they were when the model was read.
+        ended: whether it has had its last frame.
         error: what failed.
     """
 
@@ -120,6 +121,7 @@ class Stream:
         on_end: Callable[[Stream], None],
     ) -> None:
         self.config, self.files, self.pipeline = config, files, pipeline
+        self.ended = False
         self.error: BaseException | None = None
         self._publish, self._on_end = publish, on_end
         self._thread = threading.Thread(target=self._run, name=f"stream {config.name}", daemon=True)
@@ -127,10 +129,6 @@ class Stream:
     @property
     def live(self) -> bool:
         return self.pipeline.source.live
-
-    @property
-    def ended(self) -> bool:
-        return self._thread.ident is not None and not self._thread.is_alive()
 
     def start(self) -> None:
         self._thread.start()
@@ -141,6 +139,7 @@ class Stream:
                 self._publish(self, result)
         except BaseException as error:
             self.error = error
+        self.ended = True
         try:
             self._on_end(self)
         except BaseException as error:
