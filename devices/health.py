@@ -49,7 +49,7 @@ class Recent:
         """Predictions a second, in the last ten seconds."""
         now_s, at_s = time.monotonic(), self._at_s[: self._count].copy()
         recent = at_s[at_s > now_s - _RECENT_S]
-        span_s = now_s - recent.min() if len(recent) == _MOST else min(now_s - self._began_s, _RECENT_S)
+        span_s = now_s - float(recent.min()) if len(recent) == _MOST else min(now_s - self._began_s, _RECENT_S)
         return round(len(recent) / max(span_s, 1e-3), 2)
 
     def total_s(self) -> npt.NDArray[np.float64]:

@@ -5,7 +5,7 @@ import pytest
 
 from edgekit.devices.health import Recent, percentiles_ms, rss_bytes
 from edgekit.devices.results import Marks
-from edgekit.messages import Percentiles
+from edgekit.messages import Percentiles, encode
 
 
 def test_rss_grows_with_what_is_held() -> None:
@@ -34,6 +34,7 @@ def test_recent_tells_the_pace_of_ten_seconds(monkeypatch: pytest.MonkeyPatch, p
         recent.add(Marks(*(now_s - 1e-3 * np.array([ms, 0.75 * ms, 0.5 * ms, 0.25 * ms, 0.0]))))
         recent.published(2e-3)
     assert recent.fps() == pytest.approx(per_s, rel=0.02)
+    encode((recent.fps(), recent.stages_ms()))  # as health does, and JSON knows no numbers of NumPy
     percentiles = percentiles_ms(recent.total_s())
     assert percentiles.p50 == pytest.approx(50, abs=3) and percentiles.p99 == pytest.approx(99, abs=2)
     stages = {stage: of_stage.p50 for stage, of_stage in recent.stages_ms().items()}
