@@ -165,7 +165,9 @@ class EdgekitRun:
         self.process.terminate()
         self.process.send_signal(signal.SIGCONT)
         self._subscriber.close()
-        self.process.communicate(timeout=20)
+        told = self.process.communicate(timeout=20)[1]
+        if "edgekit: error:" in told:
+            sys.exit(f"edgekit run told of errors:\n{told}")
 
 
 def family(pid: int) -> list[int]:
