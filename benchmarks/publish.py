@@ -21,10 +21,10 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from edgekit.broker import parse_broker
 from edgekit.decode import Prediction
-from edgekit.devices.publisher import Publisher
+from edgekit.devices.publish.publisher import Publisher
+from edgekit.devices.publish.spool import Spool
 from edgekit.devices.results import Result
 from edgekit.devices.soak.mosquitto import Mosquitto
-from edgekit.devices.spool import Spool
 from edgekit.messages import BundleRef, InfoMessage, Latency, PredictionMessage, Versions, encode
 
 MESSAGES = 10_000

@@ -34,9 +34,9 @@ import numpy as np
 
 import edgekit
 from edgekit import Subscriber, runtimes
-from edgekit.devices.frames import Frame
 from edgekit.devices.soak.mosquitto import Mosquitto
-from edgekit.devices.sources import VideoSource
+from edgekit.devices.sources.frames import Frame
+from edgekit.devices.sources.images import VideoSource
 from edgekit.messages import PredictionMessage
 from edgekit.preprocess import IMAGE_SUFFIXES
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from edgekit import bundle, runtimes
 from edgekit.bundle import File
-from edgekit.devices.delegates import EDGE_TPU_LIBRARY, compiled_path
+from edgekit.devices.delegates.plans import EDGE_TPU_LIBRARY, compiled_path
 from edgekit.devices.interpreter import Model
 from edgekit.errors import EdgekitError
 from edgekit.manifest import AudioInput, ImageInput

@@ -16,19 +16,19 @@ from edgekit import runtimes
 from edgekit.broker import is_embedded, parse_broker
 from edgekit.bundle import Bundle
 from edgekit.custom_ops import Ops
-from edgekit.devices.commands import Commands
 from edgekit.devices.config import Config, StreamConfig
 from edgekit.devices.counts import Counts
 from edgekit.devices.health import device_health
-from edgekit.devices.home_assistant import Config as Announcement
-from edgekit.devices.home_assistant import Discovery, discovery, label_groups
 from edgekit.devices.interpreter import Model
-from edgekit.devices.notify import notify, watchdog_s
 from edgekit.devices.pipeline import Pipeline
 from edgekit.devices.profiles import detect, load_profile
-from edgekit.devices.publisher import Publisher
+from edgekit.devices.publish.commands import Commands
+from edgekit.devices.publish.home_assistant import Config as Announcement
+from edgekit.devices.publish.home_assistant import Discovery, discovery, label_groups
+from edgekit.devices.publish.publisher import Publisher
+from edgekit.devices.publish.spool import Spool, spool_folder
 from edgekit.devices.results import Result, new_boot_id
-from edgekit.devices.spool import Spool, spool_folder
+from edgekit.devices.service.notify import notify, watchdog_s
 from edgekit.devices.stream import Files, Stream, open_source, read_bundle
 from edgekit.errors import BrokerError, EdgekitError
 from edgekit.messages import HealthMessage, InfoMessage, SpoolHealth, Versions, default_device_id

@@ -17,8 +17,8 @@ from edgekit.audio_preprocess import StreamPreprocessor
 from edgekit.bundle import Bundle
 from edgekit.custom_ops import Ops
 from edgekit.decode import Prediction, Threshold, scores, thresholds, top
-from edgekit.devices.chain import Chain
-from edgekit.devices.delegates import ORDER
+from edgekit.devices.delegates.chain import Chain
+from edgekit.devices.delegates.plans import ORDER
 from edgekit.errors import BundleError, EdgekitError, InferenceError
 from edgekit.manifest import AudioInput
 

@@ -17,10 +17,10 @@ from edgekit.decode import NotFiniteError, thresholds, top
 from edgekit.devices.config import StreamConfig, check_stream
 from edgekit.devices.counts import Counts
 from edgekit.devices.decisions import Decisions
-from edgekit.devices.frames import Frame, Source
 from edgekit.devices.health import Recent, percentiles_ms
 from edgekit.devices.interpreter import Model
 from edgekit.devices.results import Marks, Result, Results, new_boot_id
+from edgekit.devices.sources.frames import Frame, Source
 from edgekit.errors import EdgekitError, InferenceError
 from edgekit.manifest import AudioInput
 from edgekit.messages import DelegateHealth, PredictionMessage, SnapshotImage, StreamHealth, StreamInfo
@@ -164,7 +164,7 @@ class Pipeline:
             raise EdgekitError("snapshot: this stream is of sound", mend="ask one of images")
         if self._newest is None:
             raise EdgekitError("snapshot: there was no frame yet", mend="ask again")
-        from edgekit.devices.snapshot import snapshot  # with OpenCV, of which sound has no need
+        from edgekit.devices.publish.snapshot import snapshot  # with OpenCV, of which sound has no need
 
         return snapshot(self._newest, self._prediction)
 

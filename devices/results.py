@@ -12,7 +12,7 @@ import numpy.typing as npt
 from edgekit.bundle import Bundle
 from edgekit.decode import Prediction
 from edgekit.devices.decisions import Change, Decisions
-from edgekit.devices.frames import Frame
+from edgekit.devices.sources.frames import Frame
 from edgekit.messages import (
     BundleRef,
     EventMessage,

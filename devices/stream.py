@@ -16,10 +16,10 @@ from edgekit import bundle as bundles
 from edgekit.bundle import Bundle
 from edgekit.decode import thresholds
 from edgekit.devices.config import StreamConfig
-from edgekit.devices.frames import Source
 from edgekit.devices.pipeline import Pipeline
 from edgekit.devices.profiles import Profile
 from edgekit.devices.results import Result
+from edgekit.devices.sources.frames import Source
 from edgekit.errors import EdgekitError
 from edgekit.manifest import AudioInput
 
@@ -84,7 +84,7 @@ def open_source(
         SourceError: there is no such source; or, unless ``patient``, it cannot be opened now.
     """
     if isinstance(bundle.input, AudioInput):
-        from edgekit.devices.audio_sources import open_audio_source
+        from edgekit.devices.sources.sound import open_audio_source
 
         return open_audio_source(
             config.source,
@@ -94,9 +94,9 @@ def open_source(
             patient=patient,
             preferred=profile.audio.microphone,
         )
-    from edgekit.devices import sources
+    from edgekit.devices.sources import images
 
-    return sources.open_source(
+    return images.open_source(
         config.source, loop=config.loop, stop=stop, drop=config.drop, patient=patient, camera=profile.camera
     )
 

@@ -13,8 +13,8 @@ from edgekit.bundle import Bundle
 from edgekit.devices.config import Config, StreamConfig
 from edgekit.devices.device import Device
 from edgekit.devices.interpreter import Model
-from edgekit.devices.notify import notify
 from edgekit.devices.pipeline import CHANGEABLE
+from edgekit.devices.service.notify import notify
 from edgekit.devices.stream import Files, Stream, read_bundle
 from edgekit.errors import EdgekitError
 from edgekit.manifest import AudioInput

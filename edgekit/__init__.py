@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from edgekit.custom_ops import CustomOpResolver, kernel
     from edgekit.decode import Prediction
     from edgekit.devices.bench import bench
-    from edgekit.devices.doctor import doctor
+    from edgekit.devices.doctor.doctor import doctor
     from edgekit.devices.interpreter import load
     from edgekit.devices.run import run, stream
     from edgekit.devices.soak.soak import soak
@@ -62,7 +62,7 @@ _LAZY = {
     "bench": "edgekit.devices.bench",
     "convert": "edgekit.converters.convert",
     "custom_op": "edgekit.converters.custom_ops",
-    "doctor": "edgekit.devices.doctor",
+    "doctor": "edgekit.devices.doctor.doctor",
     "inspect": "edgekit.inspection",
     "kernel": "edgekit.custom_ops",
     "load": "edgekit.devices.interpreter",

@@ -14,7 +14,7 @@ from edgekit.cli_options import broker_options, command
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
-    from edgekit.devices.service import ServiceStatus
+    from edgekit.devices.service.service import ServiceStatus
 
 
 @command
@@ -66,10 +66,10 @@ _name = click.option("--name", default="edgekit", show_default=True, help="Of th
 @click.option("--dry-run", is_flag=True, help="Print the unit and change nothing.")
 def install(config: str, name: str, user: str, dry_run: bool) -> None:
     """Have systemd run CONFIG, now and whenever the machine starts. Needs root."""
-    from edgekit.devices import service
+    from edgekit.devices.service import service
 
     if dry_run:
-        from edgekit.devices.unit import unit_text
+        from edgekit.devices.service.unit import unit_text
 
         click.echo(unit_text(config, name=name, user=user), nl=False)
         return
@@ -84,7 +84,7 @@ def status(name: str, as_json: bool) -> None:
     """Show how the service fares, and the newest lines of its log."""
     import msgspec
 
-    from edgekit.devices import service
+    from edgekit.devices.service import service
 
     found = service.status(name)
     click.echo(msgspec.json.encode(found) if as_json else status_text(found))
@@ -94,7 +94,7 @@ def status(name: str, as_json: bool) -> None:
 @_name
 def remove(name: str) -> None:
     """End the service and delete its unit. Needs root."""
-    from edgekit.devices import service
+    from edgekit.devices.service import service
 
     path = service.remove(name)
     click.echo(f"{path}: removed. Its user stays, and /var/lib/{name} with what was not sent yet: delete them yourself")

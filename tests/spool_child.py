@@ -10,8 +10,8 @@ import random
 import sys
 from pathlib import Path
 
-from edgekit.devices import ring, spool
-from edgekit.devices.spool import Spool
+from edgekit.devices.publish import ring, spool
+from edgekit.devices.publish.spool import Spool
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import cv2
 
-from edgekit.devices.sources import open_source
+from edgekit.devices.sources.images import open_source
 
 
 def test_memory_of_frames_is_used_again(video: Path) -> None:

@@ -16,8 +16,8 @@ import cv2
 import numpy as np
 import pytest
 
-from edgekit.devices import cameras, frames, live
-from edgekit.devices.sources import open_source
+from edgekit.devices.sources import cameras, frames, live
+from edgekit.devices.sources.images import open_source
 from edgekit.errors import SourceError
 
 

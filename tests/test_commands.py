@@ -18,13 +18,13 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 import edgekit
-from edgekit.devices.commands import MAX_COMMAND_BYTES, Commands, response_topic
 from edgekit.devices.config import StreamConfig
 from edgekit.devices.counts import Counts
-from edgekit.devices.frames import Frame, Source
 from edgekit.devices.health import device_health
 from edgekit.devices.interpreter import load
 from edgekit.devices.pipeline import Pipeline
+from edgekit.devices.publish.commands import MAX_COMMAND_BYTES, Commands, response_topic
+from edgekit.devices.sources.frames import Frame, Source
 from edgekit.messages import PredictionMessage, SpoolHealth, encode, json_schema
 
 RESPONSE, HEALTH = json_schema("response"), json_schema("health")

@@ -19,7 +19,7 @@ import pytest
 
 import edgekit
 from edgekit import bundle, custom_ops
-from edgekit.devices import chain, delegates, isolated
+from edgekit.devices.delegates import chain, isolated, plans
 from edgekit.devices.interpreter import Model
 from edgekit.errors import BundleError, EdgekitError, InferenceError
 
@@ -61,7 +61,7 @@ def edge_tpu(compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """A stand-in where the dynamic loader finds it as libedgetpu."""
     (tmp_path / "lib").mkdir()
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path / "lib"))
-    return StandIn(Path(shutil.copy(compiled, tmp_path / "lib" / delegates.EDGE_TPU_LIBRARY)))
+    return StandIn(Path(shutil.copy(compiled, tmp_path / "lib" / plans.EDGE_TPU_LIBRARY)))
 
 
 @pytest.fixture
@@ -422,7 +422,7 @@ def test_coral_that_is_not_plugged_in_is_told(coral_bundle: Path, edge_tpu: Stan
 
 
 def test_coral_without_its_library_is_told(coral_bundle: Path) -> None:
-    if delegates.is_installed(delegates.EDGE_TPU_LIBRARY):
+    if plans.is_installed(plans.EDGE_TPU_LIBRARY):
         pytest.skip("it is here")
     with pytest.raises(EdgekitError, match=r"libedgetpu\.so\.1 is not installed; install libedgetpu1-std"):
         edgekit.load(coral_bundle, delegate="coral", strict=True)
@@ -439,7 +439,7 @@ def test_bundle_compiled_for_coral_runs_nowhere_else(vision_data: Path, edge_tpu
 
 
 def test_compiled_model_that_does_not_fit_is_refused(coral_bundle: Path, edge_tpu: StandIn, vision_data: Path) -> None:
-    shutil.copy(vision_data / "mobilenet_v1_0.25_128_quant_edgetpu.tflite", delegates.compiled_path(coral_bundle))
+    shutil.copy(vision_data / "mobilenet_v1_0.25_128_quant_edgetpu.tflite", plans.compiled_path(coral_bundle))
     with pytest.raises(EdgekitError, match=r"input tensor: expected \(1, 32, 32, 3\), got \(1, 128, 128, 3\)"):
         edgekit.load(coral_bundle, delegate="coral", strict=True)
 

@@ -19,9 +19,9 @@ import pytest
 import edgekit
 from edgekit import runtimes
 from edgekit.broker import parse_broker
-from edgekit.devices import doctor as doctor_module
-from edgekit.devices import machine, probe
-from edgekit.devices.finding import Finding
+from edgekit.devices.doctor import doctor as doctor_module
+from edgekit.devices.doctor import machine, probe
+from edgekit.devices.doctor.finding import Finding
 from edgekit.devices.profiles import load_profile
 
 sys.path.insert(0, str(Path(__file__).parent))

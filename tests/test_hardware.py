@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import edgekit
-from edgekit.devices.sources import open_source
+from edgekit.devices.sources.images import open_source
 
 
 def asked_for(variable: str) -> Any:

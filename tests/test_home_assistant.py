@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 
 import edgekit
-from edgekit.devices.home_assistant import Discovery, discovery, label_groups, removal
+from edgekit.devices.publish.home_assistant import Discovery, discovery, label_groups, removal
 from edgekit.errors import EdgekitError
 from edgekit.messages import BundleRef, InfoMessage, StreamInfo, Versions, encode
 
@@ -316,7 +316,7 @@ def test_device_announces_itself_to_a_broker_and_again_to_home_assistant_that_st
     models: Path, video: Path, broker: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second run has other label groups than the first: what is no more is removed."""
-    monkeypatch.setattr("edgekit.devices.home_assistant.MAX_BIRTH_DELAY_S", 0.2)
+    monkeypatch.setattr("edgekit.devices.publish.home_assistant.MAX_BIRTH_DELAY_S", 0.2)
 
     def announced(messages: int, group: str) -> list[dict[str, Any]]:
         """The announcements of a run during which Home Assistant starts, once the first ones are out."""

@@ -44,7 +44,9 @@ def test_help_loads_nothing_heavy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["interpreter", "sources", "audio_sources", "run", "publisher"], ids=lambda name: f"devices.{name}"
+    "module",
+    ["interpreter", "sources.images", "sources.sound", "run", "publish.publisher"],
+    ids=lambda name: f"devices.{name}",
 )
 def test_devices_import_without_tensorflow(module: str, tmp_path: Path) -> None:
     loaded = loaded_after(f"import edgekit.devices.{module}", tmp_path)
@@ -62,7 +64,7 @@ def test_sound_needs_no_opencv(sound_models: Path, tmp_path: Path) -> None:
         tmp_path,
     )
     assert "soundfile" in loaded and not loaded & {"cv2", "soxr", "pyaudio", "tensorflow"}
-    assert not loaded_after("import edgekit.devices.sources", tmp_path) & {"soundfile", "soxr", "pyaudio"}
+    assert not loaded_after("import edgekit.devices.sources.images", tmp_path) & {"soundfile", "soxr", "pyaudio"}
 
 
 def imported_names(path: Path, *, at_once: bool = False) -> set[str]:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from edgekit.devices import cameras, frames, live
-from edgekit.devices.frames import Source
-from edgekit.devices.sources import open_source
+from edgekit.devices.sources import cameras, frames, live
+from edgekit.devices.sources.frames import Source
+from edgekit.devices.sources.images import open_source
 from edgekit.errors import SourceError
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -19,8 +19,8 @@ import pytest
 import edgekit
 import edgekit.devices.pipeline
 from edgekit import bundle
-from edgekit.devices.audio_sources import open_audio_source
-from edgekit.devices.microphone import Microphone
+from edgekit.devices.sources.microphone import Microphone
+from edgekit.devices.sources.sound import open_audio_source
 from edgekit.errors import SourceError
 from edgekit.manifest import AudioInput
 
@@ -169,7 +169,7 @@ def test_model_too_slow_drops_windows_or_makes_a_gap(
     sound_models: Path, server: SoundServer, name: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     """Of windows the newest wins; a stream that cannot wait any longer begins anew."""
-    monkeypatch.setattr("edgekit.devices.audio_sources.MAX_BACKLOG_S", 0.6)
+    monkeypatch.setattr("edgekit.devices.sources.sound.MAX_BACKLOG_S", 0.6)
     run_prediction = edgekit.devices.pipeline.Pipeline._predict
 
     def slowly(pipeline: Any, frame: Any) -> Any:
@@ -254,8 +254,8 @@ def test_sound_lost_between_two_blocks_is_a_gap(
     sound_models: Path, server: SoundServer, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """PortAudio flags it, or blocks come later than by the count of their samples."""
-    from edgekit.devices import audio_sources
-    from edgekit.devices.microphone import Block, Microphone
+    from edgekit.devices.sources import sound
+    from edgekit.devices.sources.microphone import Block, Microphone
 
     read = Microphone.read
     asked = []
@@ -269,7 +269,7 @@ def test_sound_lost_between_two_blocks_is_a_gap(
         return Block(block.samples, block.arrived_s + (1.5 if lost else 0), gap=False)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(audio_sources.Microphone, "read", lossy)
+        patched.setattr(sound.Microphone, "read", lossy)
         with Run(sound_models / "stream.tflite") as run:
             run.until(lambda: len(asked) > 30)
             counts = run.end()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgekit.devices.notify import notify, watchdog_s
+from edgekit.devices.service.notify import notify, watchdog_s
 
 
 @pytest.fixture(params=["path", "abstract"])

@@ -171,7 +171,7 @@ def test_broker_that_restarts_costs_no_prediction(
 def test_broker_that_stays_away_at_the_end_is_an_error_with_a_number(
     models: Path, frames: Path, broker: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgekit.devices.publisher.CLOSE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("edgekit.devices.publish.publisher.CLOSE_TIMEOUT_S", 1.0)
     seen: list[int] = []
 
     def pause(message: Any) -> None:
@@ -274,9 +274,9 @@ def test_no_thread_is_left_behind(models: Path, frames: Path, broker: Any) -> No
 
 def test_credentials_of_a_source_stay_out_of_info(models: Path, colour: Any) -> None:
     from edgekit.devices.config import StreamConfig
-    from edgekit.devices.frames import Source
     from edgekit.devices.interpreter import load
     from edgekit.devices.pipeline import Pipeline
+    from edgekit.devices.sources.frames import Source
 
     with load(models / "int8.tflite") as model:
         url = "rtsp://ann:hunter2@cam/1"

@@ -14,9 +14,9 @@ import pytest
 
 from edgekit.broker import parse_broker
 from edgekit.decode import Prediction
-from edgekit.devices.publisher import Publisher
+from edgekit.devices.publish.publisher import Publisher
+from edgekit.devices.publish.spool import Spool
 from edgekit.devices.results import Result
-from edgekit.devices.spool import Spool
 from edgekit.errors import BrokerError
 from edgekit.messages import (
     BundleRef,
@@ -231,7 +231,7 @@ def test_refused_messages_are_kept_until_they_are_allowed(
     until: Any,
     caplog: Any,
 ) -> None:
-    monkeypatch.setattr("edgekit.devices.publisher.REFUSED_RETRY_S", 0.2)
+    monkeypatch.setattr("edgekit.devices.publish.publisher.REFUSED_RETRY_S", 0.2)
     rules = tmp_path / "acl"
     rules.write_text("topic read #\n")
     for path in (tmp_path, tmp_path.parent, rules):
@@ -272,7 +272,7 @@ def test_broker_is_told_how_long_to_keep_a_prediction(broker: Any, publisher: An
 def test_stop_while_the_broker_is_away_keeps_what_is_left(
     publisher: Any, stop: Any, free_port: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    monkeypatch.setattr("edgekit.devices.publisher.STOP_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("edgekit.devices.publish.publisher.STOP_TIMEOUT_S", 0.2)
     url = f"mqtt://127.0.0.1:{free_port()}"
     with publisher(url) as publishes:
         give(publishes, prediction(1))
@@ -291,7 +291,7 @@ def test_stop_while_the_broker_is_away_keeps_what_is_left(
 def test_without_a_disk_what_is_left_is_an_error(
     stop: threading.Event, free_port: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgekit.devices.publisher.STOP_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("edgekit.devices.publish.publisher.STOP_TIMEOUT_S", 0.2)
     address = parse_broker(f"mqtt://127.0.0.1:{free_port()}")
     stop.set()
     with (

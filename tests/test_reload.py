@@ -225,7 +225,7 @@ def test_many_bundles_leave_nothing_behind(
     broker: Any,
     hear: Any,
 ) -> None:
-    from edgekit.devices.backend import Interpreted
+    from edgekit.devices.delegates.backend import Interpreted
 
     bundle, closed = tmp_path / "bundle.tflite", []
     close = Interpreted.close
@@ -320,7 +320,7 @@ def test_only_stream_takes_another_source_or_another_name_and_the_run_goes_on(
     models: Path, red: Path, blue: Path, tmp_path: Path, broker: Any, hear: Any, running: Any, until: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("edgekit.devices.publisher.HEALTH_S", 0.02)
+    monkeypatch.setattr("edgekit.devices.publish.publisher.HEALTH_S", 0.02)
     config, model = tmp_path / "edgekit.toml", models / "int8.tflite"
     heard = hear(broker)
     config.write_text(settings(broker.url, of_stream("a", model, red)))
@@ -424,7 +424,7 @@ def test_upkeep_that_fails_is_told_once(
 
 @pytest.fixture
 def cameras(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[NetworkCamera]]:
-    monkeypatch.setattr("edgekit.devices.frames.RETRY_S", 0.05)
+    monkeypatch.setattr("edgekit.devices.sources.frames.RETRY_S", 0.05)
     cameras = [NetworkCamera(), NetworkCamera()]
     for camera in cameras:
         camera.start()
@@ -437,7 +437,7 @@ def test_streams_exchange_their_cameras_which_only_one_may_have(
     models: Path, tmp_path: Path, cameras: list[NetworkCamera], running: Any, until: Any, caplog: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from edgekit.devices import sources
+    from edgekit.devices.sources import images as sources
 
     opener, taken = sources.camera_opener, set()
 
@@ -573,7 +573,7 @@ def test_storm_of_reloads_and_bundles_loses_nothing(
     models: Path, red: Path, blue: Path, tmp_path: Path, cameras: list[NetworkCamera], broker: Any, hear: Any,
     running: Any, until: Any, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("edgekit.devices.publisher.HEALTH_S", 0.02)
+    monkeypatch.setattr("edgekit.devices.publish.publisher.HEALTH_S", 0.02)
     config, bundle, chance = tmp_path / "edgekit.toml", tmp_path / "bundle.tflite", random.Random(0)
     heard = hear(broker)
     shutil.copyfile(models / "int8.tflite", bundle)

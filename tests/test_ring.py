@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from edgekit.devices import ring as ring_module
-from edgekit.devices.ring import Ring
+from edgekit.devices.publish import ring as ring_module
+from edgekit.devices.publish.ring import Ring
 from edgekit.errors import EdgekitError
 
 SIZE = 4096

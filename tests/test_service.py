@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import edgekit
-from edgekit.devices import service, unit
-from edgekit.devices.unit import unit_text
+from edgekit.devices.service import service, unit
+from edgekit.devices.service.unit import unit_text
 from edgekit.errors import EdgekitError
 
 needs_systemd = pytest.mark.skipif(

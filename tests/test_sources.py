@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 import pytest
 
-from edgekit.devices import sources
-from edgekit.devices.frames import public_name
-from edgekit.devices.sources import open_source
+from edgekit.devices.sources import images as sources
+from edgekit.devices.sources.frames import public_name
+from edgekit.devices.sources.images import open_source
 from edgekit.errors import SourceError
 
 

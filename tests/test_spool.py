@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from edgekit.devices import ring
-from edgekit.devices import spool as spool_module
-from edgekit.devices.spool import Spool, Stored, spool_folder
+from edgekit.devices.publish import ring
+from edgekit.devices.publish import spool as spool_module
+from edgekit.devices.publish.spool import Spool, Stored, spool_folder
 from edgekit.errors import EdgekitError
 
 TOPIC = "main/prediction"

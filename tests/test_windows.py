@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from edgekit.devices.windows import Cutter, SampleClock
+from edgekit.devices.sources.windows import Cutter, SampleClock
 from edgekit.manifest import AudioInput, LogMel
 
 FRONT_END = LogMel(fft_samples=4, frame_hop_samples=2, num_mel_bins=1, low_hz=0, high_hz=500)

@@ -17,9 +17,9 @@ import msgspec
 import edgekit
 from edgekit.broker import parse_broker
 from edgekit.decode import Prediction
-from edgekit.devices.publisher import Publisher
+from edgekit.devices.publish.publisher import Publisher
+from edgekit.devices.publish.spool import Spool
 from edgekit.devices.results import Result
-from edgekit.devices.spool import Spool
 from edgekit.messages import (
     BundleRef,
     InfoMessage,

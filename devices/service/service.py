@@ -17,7 +17,7 @@ from typing import Any, Literal
 import msgspec
 
 from edgekit.bundle import replacing
-from edgekit.devices.unit import check, checked_name, unit_text
+from edgekit.devices.service.unit import check, checked_name, unit_text
 from edgekit.errors import EdgekitError
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,8 @@ def _check_as(user: str, path: Path) -> None:
     if account.pw_uid != os.getuid():
         groups = os.getgrouplist(user, account.pw_gid)
         rights = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": groups}
-    code = "import json, sys; from edgekit.devices import service; print(json.dumps(service.problem(sys.argv[1])))"
+    code = "import json, sys; from edgekit.devices.service.service import problem;"
+    code += " print(json.dumps(problem(sys.argv[1])))"
     mend = f"put it where {user} may read it, as in /opt, or give another --user"
     try:
         result = subprocess.run(

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol
 
 import cv2
 
-from edgekit.devices.buffers import Image
-from edgekit.devices.frames import public_name
+from edgekit.devices.sources.buffers import Image
+from edgekit.devices.sources.frames import public_name
 from edgekit.errors import SourceError
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ import numpy as np
 from edgekit import custom_ops, runtimes
 from edgekit.bundle import read
 from edgekit.devices.config import StreamConfig
-from edgekit.devices.delegates import EDGE_TPU_LIBRARY, AbsentError, plan
-from edgekit.devices.finding import Finding, failed, from_error, missing, ok
+from edgekit.devices.delegates.plans import EDGE_TPU_LIBRARY, AbsentError, plan
+from edgekit.devices.doctor.finding import Finding, failed, from_error, missing, ok
 from edgekit.devices.profiles import Profile
 from edgekit.errors import EdgekitError, RuntimeMissingError
 from edgekit.native_ops import listed_versions

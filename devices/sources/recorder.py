@@ -1,5 +1,5 @@
 """Records from a microphone, driven through pipes: ``recorder.py [NAME [PREFERRED]]``. The other side is
-:class:`edgekit.devices.microphone.Microphone`.
+:class:`edgekit.devices.sources.microphone.Microphone`.
 
 A process of its own: sound drivers print lines of their own, may block for ever in a call when the device or the sound
 server hangs, and find devices plugged in later only when they start anew. This one can be ended at any time. It needs

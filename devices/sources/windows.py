@@ -18,7 +18,7 @@ class Stretch:
 
     ``end`` is the number of the sample after it, counted from the beginning or the last gap. ``window_samples`` is how
     much of the sound before ``end`` a prediction would be about. ``begins`` and ``complete`` as in
-    :class:`~edgekit.devices.frames.Frame`. ``error``: it cannot be used.
+    :class:`~edgekit.devices.sources.frames.Frame`. ``error``: it cannot be used.
     """
 
     samples: Samples

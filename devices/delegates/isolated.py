@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit import sandbox
-from edgekit.devices.backend import TensorType
-from edgekit.devices.delegates import Plan
-from edgekit.devices.worker import DONE, INVOKE, RESET, views
+from edgekit.devices.delegates.backend import TensorType
+from edgekit.devices.delegates.plans import Plan
+from edgekit.devices.delegates.worker import DONE, INVOKE, RESET, views
 from edgekit.errors import BundleError, InferenceError
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,8 @@ _END_TIMEOUT_S = 5.0
 
 
 class Isolated:
-    """A model that is being loaded, and then a :class:`~edgekit.devices.backend.Backend`. One thread at a time may use
-    it; another may :meth:`close` it, which ends a call under way.
+    """A model that is being loaded, and then a :class:`~edgekit.devices.delegates.backend.Backend`. One thread at a
+    time may use it; another may :meth:`close` it, which ends a call under way.
 
     Args:
         plan: what to load.

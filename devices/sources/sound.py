@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from edgekit.audio import Resampler, read_audio
-from edgekit.devices.frames import Frame, Source, public_name, retry_waits_s
-from edgekit.devices.microphone import Block, Microphone
-from edgekit.devices.windows import Cutter, SampleClock, Stretch, wall_time_s
+from edgekit.devices.sources.frames import Frame, Source, public_name, retry_waits_s
+from edgekit.devices.sources.microphone import Block, Microphone
+from edgekit.devices.sources.windows import Cutter, SampleClock, Stretch, wall_time_s
 from edgekit.errors import SourceError
 from edgekit.manifest import AudioInput
 from edgekit.messages import FileInput, printable

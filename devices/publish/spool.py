@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import platformdirs
 
-from edgekit.devices.ring import RING_BYTES, Record, Ring
-from edgekit.devices.spool_file import ROW_BYTES, Row, SpoolFile, is_damage, make_row, row_bytes
+from edgekit.devices.publish.ring import RING_BYTES, Record, Ring
+from edgekit.devices.publish.spool_file import ROW_BYTES, Row, SpoolFile, is_damage, make_row, row_bytes
 from edgekit.errors import EdgekitError
 
 logger = logging.getLogger(__name__)

@@ -20,12 +20,12 @@ import msgspec
 import edgekit
 from edgekit.audio import AUDIO_SUFFIXES
 from edgekit.broker import BrokerAddress, parse_broker
-from edgekit.devices import machine, probe
 from edgekit.devices.config import Config, StreamConfig, read_config
-from edgekit.devices.finding import Finding, failed, from_error, missing, ok
-from edgekit.devices.frames import public_name
+from edgekit.devices.doctor import machine, probe
+from edgekit.devices.doctor.finding import Finding, failed, from_error, missing, ok
 from edgekit.devices.profiles import Profile, detect, load_profile
-from edgekit.devices.spool import MAX_BYTES, spool_folder
+from edgekit.devices.publish.spool import MAX_BYTES, spool_folder
+from edgekit.devices.sources.frames import public_name
 from edgekit.errors import BrokerError, EdgekitError
 from edgekit.mqtt import Connection, unique_client_id
 

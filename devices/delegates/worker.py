@@ -1,5 +1,5 @@
 """Runs a model, driven through a socket: ``worker.py TASK``. The other side is
-:class:`edgekit.devices.isolated.Isolated`.
+:class:`edgekit.devices.delegates.isolated.Isolated`.
 
 A process of its own: delegate libraries, GPU drivers and kernels of the user are native code of others, which may
 crash, or hang in a call that nothing but the end of the process ends.
@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.devices.backend import Accelerated, Backend, Interpreted, TensorType
+from edgekit.devices.delegates.backend import Accelerated, Backend, Interpreted, TensorType
 
 INVOKE, RESET = b"i", b"r"
 DONE, FAILED = b".", b"!"

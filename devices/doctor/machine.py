@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edgekit.devices.finding import Finding, failed, from_error, missing, ok
-from edgekit.devices.microphone import Microphone
+from edgekit.devices.doctor.finding import Finding, failed, from_error, missing, ok
 from edgekit.devices.profiles import Profile
-from edgekit.devices.ring import RING_BYTES
+from edgekit.devices.publish.ring import RING_BYTES
+from edgekit.devices.sources.microphone import Microphone
 from edgekit.errors import SourceError
 
 # linux/videodev2.h
@@ -135,7 +135,7 @@ def _csi(needed: bool) -> Finding:
 
 def _csi_by_opencv() -> Finding:
     """That of a Jetson: whether OpenCV has what it takes."""
-    from edgekit.devices.cameras import camera_opener
+    from edgekit.devices.sources.cameras import camera_opener
 
     try:
         camera_opener("camera:csi", None)

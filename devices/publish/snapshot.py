@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import cv2
 
-from edgekit.devices.frames import Frame
+from edgekit.devices.sources.frames import Frame
 from edgekit.errors import EdgekitError
 from edgekit.messages import PredictionMessage, SnapshotImage, timestamp
 

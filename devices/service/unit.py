@@ -95,7 +95,7 @@ def check(path: Path) -> Config:
 def files_of(path: Path, config: Config) -> list[Path]:
     """What a configuration needs to read, the Python that runs it first."""
     paths: list[str | None] = [sys.executable, sys.prefix, sys.base_prefix, str(Path(edgekit.__file__).parent)]
-    paths += [str(Path(__file__).parent), str(path)]
+    paths += [str(Path(__file__).parents[1]), str(path)]
     for stream in config.stream:
         paths += [stream.bundle, stream.labels, *stream.ops]
         if "://" not in stream.source and Path(stream.source).exists():

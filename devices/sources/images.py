@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit.audio import AUDIO_SUFFIXES
-from edgekit.devices.buffers import Buffers
-from edgekit.devices.cameras import Hints, camera_opener
-from edgekit.devices.frames import Frame, Prepared, Source, public_name
-from edgekit.devices.live import LiveSource
+from edgekit.devices.sources.buffers import Buffers
+from edgekit.devices.sources.cameras import Hints, camera_opener
+from edgekit.devices.sources.frames import Frame, Prepared, Source, public_name
+from edgekit.devices.sources.live import LiveSource
 from edgekit.errors import EdgekitError, SourceError
 from edgekit.messages import FileInput, printable
 from edgekit.preprocess import IMAGE_SUFFIXES, read_image_bgr

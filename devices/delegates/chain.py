@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 from edgekit.audio_preprocess import StreamPreprocessor, WindowPreprocessor
 from edgekit.bundle import Bundle
 from edgekit.custom_ops import CustomOpResolver, Ops
-from edgekit.devices import delegates
-from edgekit.devices.backend import Backend, Interpreted
-from edgekit.devices.delegates import AbsentError, Plan
+from edgekit.devices.delegates import plans
+from edgekit.devices.delegates.backend import Backend, Interpreted
+from edgekit.devices.delegates.plans import AbsentError, Plan
 from edgekit.errors import BundleError, EdgekitError, InferenceError
 from edgekit.manifest import AudioInput
 
 if TYPE_CHECKING:
-    from edgekit.devices.isolated import Isolated
+    from edgekit.devices.delegates.isolated import Isolated
     from edgekit.preprocess import ImagePreprocessor
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Chain:
     ) -> None:
         self._bundle, self._auto, self._strict = bundle, delegate == "auto", strict
         self._runtime, self._threads, self._ops, self._hang_s = runtime, threads, ops, hang_s
-        self._candidates = delegates.candidates(bundle, delegate, order)
+        self._candidates = plans.candidates(bundle, delegate, order)
         self._closed = False
         self._workers: set[Isolated] = set()
         self._failures = 0
@@ -172,7 +172,7 @@ class Chain:
         Raises:
             EdgekitError: it does not load.
         """
-        plan = delegates.plan(self._candidates[rank], self._bundle, self._runtime, auto=self._auto)
+        plan = plans.plan(self._candidates[rank], self._bundle, self._runtime, auto=self._auto)
         in_files = not isinstance(self._ops, CustomOpResolver)
         # What a resolver holds can be called in this process only.
         if not plan.library and plan.name != "gpu" and not (in_files and self._ops):
@@ -180,7 +180,7 @@ class Chain:
                 plan.file.content, plan.file.path, runtime=self._runtime, threads=self._threads, ops=self._ops
             )
         ops = self._ops.paths if isinstance(self._ops, CustomOpResolver) else self._ops
-        from edgekit.devices.isolated import Isolated  # which few need
+        from edgekit.devices.delegates.isolated import Isolated  # which few need
 
         try:
             worker = Isolated(plan, runtime=self._runtime, threads=self._threads, ops=ops, hang_s=self._hang_s)

@@ -18,7 +18,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.devices.recorder import HEADER
+from edgekit.devices.sources.recorder import HEADER
 from edgekit.errors import SourceError
 from edgekit.sandbox import describe_exit
 

@@ -14,10 +14,10 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.devices import frames
-from edgekit.devices.buffers import Buffers
-from edgekit.devices.cameras import Camera
-from edgekit.devices.frames import Frame, Source
+from edgekit.devices.sources import frames
+from edgekit.devices.sources.buffers import Buffers
+from edgekit.devices.sources.cameras import Camera
+from edgekit.devices.sources.frames import Frame, Source
 from edgekit.errors import SourceError
 
 logger = logging.getLogger(__name__)

@@ -13,10 +13,10 @@ import paho.mqtt.client as paho
 from paho.mqtt.reasoncodes import ReasonCode
 
 from edgekit.broker import BrokerAddress
-from edgekit.devices.commands import Commands, response_topic
-from edgekit.devices.home_assistant import Discovery
+from edgekit.devices.publish.commands import Commands, response_topic
+from edgekit.devices.publish.home_assistant import Discovery
+from edgekit.devices.publish.spool import Spool, Stored
 from edgekit.devices.results import Result
-from edgekit.devices.spool import Spool, Stored
 from edgekit.errors import BrokerError, EdgekitError
 from edgekit.messages import (
     OFFLINE,

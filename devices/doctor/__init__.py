@@ -1,0 +1,1 @@
+"""``edgekit doctor``: what a device has, and how to mend what is missing."""

@@ -1,0 +1,1 @@
+"""``edgekit service``: a configuration as a systemd service."""

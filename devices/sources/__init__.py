@@ -1,0 +1,1 @@
+"""Where frames come from: cameras, microphones, network streams and files."""
