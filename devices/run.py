@@ -95,8 +95,8 @@ def run(
     Args:
         bundle: an audio-tagging bundle, or any ``.tflite`` that classifies images. When the file changes, it is taken
             from the next frame on, if it is a good one.
-        source: ``camera:N``, ``rtsp://…``, ``http://…`` (MJPEG), or the path of a video, an image or a folder of
-            images; of sound: ``mic``, ``mic:NAME`` or the path of an audio file.
+        source: ``camera:N``, ``camera:csi``, ``rtsp://…``, ``http://…`` (MJPEG), or the path of a video, an image or a
+            folder of images; of sound: ``mic``, ``mic:NAME`` or the path of an audio file.
         config: a TOML file, instead of all arguments but the last four. Its live sources are waited for.
         broker: ``mqtt://[user:pass@]host[:port]``, ``mqtts://…``, ``embedded`` (a broker in this process, on
             127.0.0.1:1883) or ``none``.

@@ -42,7 +42,8 @@ def _thresholds(given: tuple[str, ...]) -> dict[str, float]:
 @click.option("--config", metavar="FILE", help="Run the streams of this TOML file, instead of all that follows.")
 @click.option(
     "--source",
-    help="camera:N, rtsp://…, http://… (MJPEG), a video, an image, a folder of images, mic, mic:NAME or an audio file.",
+    help="camera:N, camera:csi, /dev/video…, rtsp://…, http://… (MJPEG), a video, an image, a folder of images, mic, "
+    "mic:NAME or an audio file.",
 )
 @click.option(
     "--broker",
