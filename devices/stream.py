@@ -62,14 +62,21 @@ def read_bundle(config: StreamConfig) -> Bundle:
         EdgekitError: it cannot be read, or the configuration does not fit it.
     """
     bundle = bundles.read(config.bundle, config.labels)
-    thresholds(config.threshold, bundle.labels)
+    where = f"stream {config.name}: "
+    try:
+        thresholds(config.threshold, bundle.labels)
+    except EdgekitError as error:
+        raise EdgekitError(where + error.what, expected=error.expected, got=error.got, mend=error.mend) from error
     if config.hop_s is None:
         return bundle
     given = bundle.input
     if not isinstance(given, AudioInput) or given.streaming:
         kind = "streams sound by hops of its own" if isinstance(given, AudioInput) else "takes images"
         raise EdgekitError(
-            "hop", expected="a bundle that takes windows of sound", got=f"one that {kind}", mend="leave it out"
+            f"{where}hop",
+            expected="a bundle that takes windows of sound",
+            got=f"one that {kind}",
+            mend="leave it out",
         )
     hop_samples = max(1, round(config.hop_s * given.sample_rate_hz))
     return dataclasses.replace(bundle, input=msgspec.structs.replace(given, hop_samples=hop_samples))

@@ -188,7 +188,7 @@ def test_thresholds_by_tag(sound_models: Path, recording: Path, edgekit_cli: Any
     assert shown.returncode == 0, shown.stderr
     named = [[p["label"] for p in json.loads(line)["predictions"]] for line in shown.stdout.splitlines()]
     assert len(named) == 11 and named[0] == ["low"] and named[5] == [] and named[-1] == ["high"]
-    assert "threshold lov=0.5: expected a label of the model; try low" in edgekit_fails(
+    assert "stream main: threshold lov=0.5: expected a label of the model; try low" in edgekit_fails(
         *command, "--threshold", "lov=0.5"
     )
     assert edgekit_cli(*command, "--threshold", "low=x").returncode == 2

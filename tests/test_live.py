@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 import time
@@ -277,3 +278,9 @@ def test_camera_that_gives_black_is_told_once(
         camera.black, camera.number = False, 60
         until(lambda: "is no longer black" in caplog.text)
     assert len(warnings(caplog)) == 2
+
+
+def test_process_that_ends_while_a_camera_is_open_ends_well(camera: NetworkCamera, models: Path) -> None:
+    code = "import sys, edgekit; given = edgekit.stream(*sys.argv[1:], delegate='cpu'); next(given)"
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", code, models / "int8.tflite", camera.url], check=True, timeout=60)

@@ -119,9 +119,9 @@ def test_signal_ends_the_run_with_offline(
         models / "int8.tflite", "--source", video, "--loop", "--max-fps", "50", "--device-id", "pi",
         "--broker", broker.url, cwd=tmp_path,
     )  # fmt: skip
-    predictions = broker.subscribe("edgekit/pi/main/prediction", "-C", "20")()
-    assert len(predictions) == 20
-    following = broker.subscribe("edgekit/pi/#", "-W", "3")
+    assert len(broker.subscribe("edgekit/pi/main/prediction", "-C", "1")()) == 1
+    following = broker.subscribe("edgekit/pi/#", "-W", "6")
+    assert len(broker.subscribe("edgekit/pi/main/prediction", "-C", "20")()) == 20
     run.send_signal(number)
     _, log = run.communicate(timeout=10)
     assert run.returncode == status and "Traceback" not in log

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import random
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -97,6 +99,16 @@ class Source:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+# To be closed at the end of the process: a thread that comes back from OpenCV when Python has ended would abort it.
+close_at_exit: weakref.WeakSet[Source] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for source in list(close_at_exit):
+        source.close()
 
 
 def retry_waits_s() -> Iterator[float]:

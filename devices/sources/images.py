@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit.audio import AUDIO_SUFFIXES
+from edgekit.devices.sources import frames
 from edgekit.devices.sources.buffers import Buffers
 from edgekit.devices.sources.cameras import Hints, camera_opener
 from edgekit.devices.sources.frames import Frame, Prepared, Source, public_name
@@ -84,6 +85,7 @@ class FileSource(Source):
         return Prepared(tensor, prepare, time.monotonic() - began_s)
 
     def _frames(self) -> Iterator[Frame]:
+        frames.close_at_exit.add(self)
         self._thread.start()
         while not self.stop.is_set():
             try:

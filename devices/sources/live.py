@@ -129,6 +129,7 @@ class LiveSource(Source):
             reader.thread.join(CLOSE_S)
 
     def _start_reader(self) -> None:
+        frames.close_at_exit.add(self)
         self._reader = Reader(self.name, self._read)
         self._reader.thread.start()
 
