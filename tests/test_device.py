@@ -132,7 +132,10 @@ def test_storm_of_signals_is_survived(models: Path, red: Path, tmp_path: Path) -
 def test_closed_terminal_ends_a_run_that_has_no_configuration_to_read(models: Path, red: Path, broker: Any) -> None:
     command = [sys.executable, "-m", "edgekit", "run", models / "int8.tflite", "--source", red, "--loop", "--json"]
     command += ["--broker", broker.url, "--device-id", "pi"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # which nohup has the tests ignore
+    )  # fmt: skip
     assert process.stdout and process.stdout.readline()
     process.send_signal(signal.SIGHUP)
     process.communicate(timeout=20)
