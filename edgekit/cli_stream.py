@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import queue
 import signal
 import sys
@@ -23,6 +24,10 @@ logger = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from edgekit.messages import PredictionMessage
     from edgekit.received import Message
+
+# A run that is told to stop is ended after so long, whatever hangs; while it opens models and sources, sooner, as there
+# is nothing to send yet.
+STOP_S, OPENING_STOP_S = 4.8, 1.0
 
 
 def _thresholds(given: tuple[str, ...]) -> dict[str, float]:
@@ -176,14 +181,20 @@ def run(
             raise click.UsageError(f"{', '.join(given)} cannot be given with --config; write it into the file.")
         options = {"config": config}
 
-    stop, reload, started = threading.Event(), threading.Event(), threading.Event()
+    stop, reload, started, ended = (threading.Event() for _ in range(4))
     interrupted = []
-    # An event is not to be set by a handler: another signal may come in the midst of it, which would wait for ever.
+    # A handler is not to set an event: another signal may come in the midst of it, which would wait for ever. Nor to
+    # raise: what it interrupts may be another thread's beginning, or hold a lock.
     asked: queue.SimpleQueue[threading.Event] = queue.SimpleQueue()
 
     def obey() -> None:
-        while True:
-            asked.get().set()
+        while (event := asked.get()) is not stop:
+            event.set()
+        stop.set()
+        if not ended.wait(STOP_S if started.is_set() else OPENING_STOP_S):
+            if started.is_set():
+                logger.warning("it does not end, and is ended; what was not sent is sent by the next run")
+            os._exit(130 if signal.SIGINT in interrupted else 0)
 
     threading.Thread(target=obey, name="signals", daemon=True).start()
 
@@ -191,8 +202,6 @@ def run(
         interrupted.append(number)
         asked.put(stop)
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-        if not started.is_set():  # still opening or connecting: nothing is lost
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(0)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
@@ -214,6 +223,7 @@ def run(
                 progress("frames", next(shown), 0)
 
         edgekit.run(stop=stop, reload=reload, on_start=started.set, on_prediction=show, **options)
+        ended.set()
     if signal.SIGINT in interrupted:
         raise KeyboardInterrupt
 

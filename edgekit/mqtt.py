@@ -144,9 +144,9 @@ class Connection:
             BrokerError: the broker refuses the connection, or cannot be reached.
         """
         self._awaited = bool(patience_s)
-        self._thread.start()
         started_s = time.monotonic()
         try:
+            self._thread.start()
             with self._changed:
                 while not self.connected:
                     if self._refused and self._error:

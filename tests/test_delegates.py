@@ -194,6 +194,16 @@ def test_delegate_that_is_absent_is_replaced_loudly_when_it_was_asked_for(
         edgekit.load(models / "float32.tflite", delegate=delegate, strict=True)
 
 
+def test_signal_is_heard_while_a_delegate_loads(models: Path, stand_in: StandIn, frames: Path, until: Any) -> None:
+    stand_in.behave("create hang")
+    command = [sys.executable, "-m", "edgekit", "run", models / "float32.tflite", "--delegate", stand_in.path]
+    run = subprocess.Popen([*command, "--source", frames, "--broker", "none"], stderr=subprocess.PIPE, text=True)
+    until(stand_in.path.with_name("stand_in.so.created").exists)
+    run.send_signal(signal.SIGTERM)
+    _, log = run.communicate(timeout=5)
+    assert run.returncode == 0 and "Traceback" not in log
+
+
 @pytest.mark.usefixtures("no_vulkan")
 def test_auto_passes_over_what_is_absent(models: Path, warnings: Callable[[], str], caplog: Any) -> None:
     with edgekit.load(models / "float32.tflite", strict=True) as model:

@@ -51,7 +51,8 @@ def main() -> None:
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s: %(message)s")
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    # in another thread, as this one may be about to wait for the event, with its lock held
+    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=stop.set).start())
 
     boot_id, bundle = uuid.uuid4().hex[:12], BundleRef("soak", "1", "0" * 64)
     info = InfoMessage(
