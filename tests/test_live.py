@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import pytest
 
 from edgekit.devices.sources import cameras, frames, live
@@ -278,6 +279,14 @@ def test_camera_that_gives_black_is_told_once(
         camera.black, camera.number = False, 60
         until(lambda: "is no longer black" in caplog.text)
     assert len(warnings(caplog)) == 2
+
+
+@pytest.mark.parametrize("camera", [NetworkCamera, RtspCamera], indirect=True)
+def test_network_camera_has_one_thread_as_others_hold_pictures_back(camera: NetworkCamera) -> None:
+    opener = cameras.camera_opener(camera.url, None)
+    opened = opener and opener()
+    assert isinstance(opened, cameras.Capture) and opened._capture.get(cv2.CAP_PROP_N_THREADS) == 1
+    opened.close()
 
 
 def test_process_that_ends_while_a_camera_is_open_ends_well(camera: NetworkCamera, models: Path) -> None:

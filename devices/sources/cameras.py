@@ -150,11 +150,11 @@ def _open_network(url: str) -> Camera:
     os.environ.setdefault("OPENCV_FFMPEG_CAPTURE_OPTIONS", "rtsp_flags;prefer_tcp")
     if _built_with("FFMPEG"):
         timeout_ms = int(1e3 * READ_TIMEOUT_S)
-        capture = cv2.VideoCapture(
-            url,
-            cv2.CAP_FFMPEG,
-            [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, timeout_ms, cv2.CAP_PROP_READ_TIMEOUT_MSEC, timeout_ms],
-        )
+        settings = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, timeout_ms, cv2.CAP_PROP_READ_TIMEOUT_MSEC, timeout_ms]
+        if "OPENCV_FFMPEG_THREADS" not in os.environ:
+            # FFmpeg gives H.264 a thread for each core, and each of them but one holds a picture back.
+            settings += [cv2.CAP_PROP_N_THREADS, 1]
+        capture = cv2.VideoCapture(url, cv2.CAP_FFMPEG, settings)
     else:  # an OpenCV made for GStreamer
         capture = cv2.VideoCapture(url)
     if not capture.isOpened():
