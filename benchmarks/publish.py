@@ -78,7 +78,7 @@ def spooled(port: int, folder: Path) -> tuple[float, float]:
     )
     began_s, cpu_s = time.perf_counter(), time.process_time()
     for seq in range(MESSAGES):
-        publisher.publish("main", Result(message(seq + 1), [], None), wait=True)
+        publisher.publish("main", Result(message(seq + 1), [], None), wait=threading.Event())
     publisher._flush()
     result = MESSAGES / (time.perf_counter() - began_s), 1e6 * (time.process_time() - cpu_s) / MESSAGES
     publisher.close()
@@ -102,7 +102,7 @@ def calls_ms(port: int, folder: Path, rate: float, *, busy: bool, seconds: float
                 time.sleep(max(0.0, next_s - time.perf_counter()))
         one = Result(message(seq + 1), [], None)
         began_s = time.perf_counter()
-        publisher.publish("main", one, wait=False)
+        publisher.publish("main", one, wait=None)
         took.append(1e3 * (time.perf_counter() - began_s))
     stop.set()
     publisher.close()

@@ -250,7 +250,9 @@ class Device:
 
     def _publish(self, stream: Stream, result: Result) -> None:
         if self._publisher:
-            self._publisher.publish(stream.config.name, result, wait=not stream.live)
+            self._publisher.publish(
+                stream.config.name, result, wait=None if stream.live else stream.pipeline.source.stop
+            )
         if self._on_result:
             with self._results:
                 self._on_result(result)
@@ -302,7 +304,11 @@ class Device:
             stream.pipeline.source.stop.set()
         end_s = time.monotonic() + STREAM_END_S
         for stream in streams:
-            stream.close(end_s)
+            try:
+                stream.close(end_s)
+            except Exception as error:  # the others, and the publisher, are to be closed all the same
+                logger.error("stream %s: %s", stream.config.name, error)
+                logger.debug("stream %s", stream.config.name, exc_info=True)
 
     def __enter__(self) -> Device:
         return self

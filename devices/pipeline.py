@@ -123,14 +123,15 @@ class Pipeline:
         )
         return self.config
 
-    def adopt(self, config: StreamConfig, model: Model | None = None) -> None:
-        """From the next frame on these settings are in force, and with a ``model`` it is this one that predicts; the
-        one before is closed then.
+    def adopt(self, config: StreamConfig | None = None, model: Model | None = None) -> None:
+        """From the next frame on these settings are in force, or those that are now, and with a ``model`` it is this
+        one that predicts; the one before is closed then.
 
         Raises:
             EdgekitError: they do not fit the model, and nothing was changed.
         """
         with self._lock:
+            config = config or self.config
             waiting = self._next[0] if self._next else None
             limits = self.check(config, model)
             if after := model or waiting:

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 
 import msgspec
 
+from edgekit.broker import BrokerAddress
 from edgekit.bundle import Bundle
 from edgekit.devices.config import Config, StreamConfig
 from edgekit.devices.device import Device
@@ -93,11 +94,20 @@ class Upkeep:
             streams = self._device.streams
             self._device.check_groups({one: streams[one].pipeline.newest.bundle for one in streams} | {name: bundle})
             model = self._load(config, bundle, stream, len(streams))
+            # With the settings as they are by now: a command may have changed them meanwhile.
             if _takes(stream, config, model):
-                stream.pipeline.adopt(config, model)
+                try:
+                    stream.pipeline.adopt(model=model)
+                except BaseException:
+                    model.close()
+                    raise
             else:
                 other = self._device.open(stream.config, files, model)
-                other.pipeline.adopt(config)
+                try:
+                    other.pipeline.adopt(stream.pipeline.config)
+                except BaseException:
+                    other.close(0.0)
+                    raise
                 self._device.change([other])
         except EdgekitError as error:
             logger.error("%s; refused, and stream %s goes on as it was", error, name)
@@ -154,6 +164,8 @@ class Upkeep:
             unchanged = stream and one == stream.config and not whole
             bundles[one.name] = stream.pipeline.newest.bundle if stream and unchanged else read_bundle(one)
         if whole:
+            if isinstance(config.broker, BrokerAddress):
+                config.broker.tls_context()  # certificates that are wrong are not to end what runs
             logger.info("the configuration concerns the whole device, which starts anew")
             device.replacement = config
             return

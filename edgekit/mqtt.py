@@ -177,8 +177,8 @@ class Connection:
             with contextlib.suppress(OSError):  # full, so it will wake up; or closed
                 self._wake_w.send(b"\0")
 
-    def close(self) -> None:
-        """Disconnects, which takes back the Last Will, and ends the thread."""
+    def close(self) -> bool:
+        """Disconnects, which takes back the Last Will, and ends the thread; False if it has not ended yet."""
         self._closing.set()
         self._awake = False
         self.wake()
@@ -186,6 +186,7 @@ class Connection:
             self._release()
         elif self._thread is not threading.current_thread():
             self._thread.join(ANSWER_TIMEOUT_S)
+        return not self._thread.is_alive()
 
     # -- for the callbacks -----------------------------------------------------------------------------------------
 
@@ -269,6 +270,10 @@ class Connection:
                 error = failure
             self._dialled = client, error
             self.wake()
+            if self._closing.is_set():  # no one may take it over any more
+                self._thread.join(ANSWER_TIMEOUT_S)
+                if self._dialled:
+                    self._hang_up_on(client)
 
         self._dialling = True
         threading.Thread(target=dial, name=f"dial-{self._client_id}", daemon=True).start()
@@ -398,7 +403,17 @@ class Connection:
             self._drop()
             self._back_off()
 
+    @staticmethod
+    def _hang_up_on(client: Client) -> None:
+        """One that no one has taken over; another thread may do so too."""
+        with contextlib.suppress(Exception):
+            client.disconnect()
+            if sock := client.socket():
+                sock.close()
+
     def _release(self) -> None:
+        if self._dialled:
+            self._hang_up_on(self._dialled[0])
         self.connected = False
         self._selector.close()
         self._wake_r.close()

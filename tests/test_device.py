@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import edgekit
+from edgekit.devices.stream import Stream
 from edgekit.errors import BundleError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -109,6 +111,18 @@ def test_sigterm_ends_within_five_seconds_whatever_the_broker_does(
     _, log = process.communicate(timeout=20)
     assert process.returncode == 0 and time.monotonic() - began_s < 5, log
     assert "sent by the next run" in log and "Traceback" not in log
+
+
+def test_stream_that_cannot_be_closed_keeps_nothing_else_from_it(
+    models: Path, red: Path, broker: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    def close(*_: object) -> None:
+        raise ValueError("generator already executing")
+
+    monkeypatch.setattr(Stream, "close", close)
+    counts = edgekit.run(models / "int8.tflite", str(red), broker=broker.url, device_id="pi")
+    assert counts.inferred == 1 and "stream main: generator already executing" in caplog.text
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("mqtt-edgekit-pi")]
 
 
 def test_storm_of_signals_is_survived(models: Path, red: Path, tmp_path: Path) -> None:

@@ -249,6 +249,40 @@ def test_recorder_ends_with_a_reader_that_was_killed(sound_models: Path, server:
         time.sleep(0.05)
 
 
+def test_microphone_is_regained_whatever_failed(
+    sound_models: Path, server: SoundServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when there is no room for another process."""
+    from edgekit.devices.sources import sound
+    from edgekit.devices.sources.microphone import Block, Microphone
+
+    read, fails = Microphone.read, iter([False] * 15 + [True])
+
+    def read_or_fail(microphone: Microphone) -> Block:
+        if next(fails, False):
+            raise OSError(12, "Cannot allocate memory")
+        return read(microphone)
+
+    refusals = iter([True, True])
+
+    def microphone_or_none(*arguments: str) -> Microphone:
+        if heard and next(refusals, False):
+            raise OSError(12, "Cannot allocate memory")
+        return Microphone(*arguments)
+
+    heard: list[Any] = []
+    monkeypatch.setattr(Microphone, "read", read_or_fail)
+    monkeypatch.setattr(sound, "Microphone", microphone_or_none)
+    with Run(sound_models / "stream.tflite") as run:
+        run.until_heard("silence")
+        heard.append(run)
+        run.until(lambda: "gap in the sound" in caplog.text)
+        count = len(run.messages)
+        run.until(lambda: len(run.messages) > count + 1)
+        counts = run.end()
+    assert counts.gaps == 1 and "Cannot allocate memory" in caplog.text and server
+
+
 @pytest.mark.parametrize("how", ["flag", "time"])
 def test_sound_lost_between_two_blocks_is_a_gap(
     sound_models: Path, server: SoundServer, how: str, caplog: pytest.LogCaptureFixture

@@ -54,7 +54,7 @@ def give(publisher: Publisher, message: PredictionMessage, label: str = "", *, w
         if label
         else None
     )
-    publisher.publish("door", Result(message, [], state), wait=wait)
+    publisher.publish("door", Result(message, [], state), wait=threading.Event() if wait else None)
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +78,23 @@ def publisher(tmp_path: Path, stop: threading.Event) -> Callable[..., Publisher]
         return Publisher(parse_broker(url), INFO, "edgekit-pi-door", spool, stop, **options)
 
     return make
+
+
+def test_file_waits_for_room_no_longer_than_its_stream(
+    publisher: Callable[..., Publisher], broker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = threading.Event()
+    with publisher(broker.url) as publishes, monkeypatch.context() as patched:
+        patched.setattr(Spool, "full", property(lambda _spool: True))
+        patched.setattr(Spool, "put", lambda *_: False)
+        message = Result(prediction(1), [], None)
+        waits = threading.Thread(target=lambda: publishes.publish("door", message, wait=end), daemon=True)
+        waits.start()
+        waits.join(0.3)
+        assert waits.is_alive()
+        end.set()
+        waits.join(5)
+        assert not waits.is_alive() and publishes._spool.shed == {"memory": 1}
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from typing import Any
 import paho.mqtt.client as paho
 import pytest
 
+from edgekit.devices.upkeep import Upkeep
 from edgekit.errors import SourceError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -123,6 +124,27 @@ def test_bundle_for_another_task_is_refused(
     until(lambda: "is for another task: expected one of images, got one of sound" in caplog.text)
     count = len(run.predictions)
     until(lambda: len(run.predictions) > count + 3)
+
+
+def test_command_that_comes_while_a_bundle_loads_stays_in_force(
+    models: Path, red: Path, tmp_path: Path, running: Any, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, load = tmp_path / "bundle.tflite", Upkeep._load
+    shutil.copyfile(models / "float32.tflite", bundle)
+
+    def load_meanwhile(upkeep: Upkeep, config: Any, of: Any, stream: Any, streams: int) -> Any:
+        model = load(upkeep, config, of, stream, streams)
+        stream.pipeline.change(top_k=1)
+        return model
+
+    monkeypatch.setattr(Upkeep, "_load", load_meanwhile)
+    run = running(bundle=bundle, source=str(red), loop=True, max_fps=100, broker="none")
+    until(lambda: run.predictions)
+    first = run.predictions[0].bundle.sha256
+    replace(models / "int8.tflite", bundle)
+    until(lambda: run.predictions[-1].bundle.sha256 != first)
+    goes_on(run, until)
+    assert {len(p.predictions) for p in run.predictions if p.bundle.sha256 != first} == {1}
 
 
 def test_bundle_whose_labels_the_settings_do_not_fit_is_refused(
@@ -367,6 +389,21 @@ def test_reload_that_cannot_open_a_source_changes_nothing(
         ("a", 3, "int8"), ("b", 3, "int8"),
     }  # fmt: skip
     assert len(seqs(run, "a")) == len(seqs(run, "b")) == 1
+
+
+def test_reload_with_a_certificate_that_is_none_changes_nothing(
+    models: Path, red: Path, tmp_path: Path, broker: Any, running: Any, until: Any, caplog: Any
+) -> None:
+    config, stream = tmp_path / "edgekit.toml", of_stream("a", models / "int8.tflite", red)
+    config.write_text(settings(broker.url, stream))
+    run = running(config=config)
+    until(lambda: run.predictions)
+    (tmp_path / "ca.pem").write_text("none")
+    config.write_text(settings(broker.url.replace("mqtt:", "mqtts:"), 'cafile = "ca.pem"', stream))
+    run.reload.set()
+    until(lambda: "ca.pem" in caplog.text and "the configuration before stays in force" in caplog.text)
+    goes_on(run, until)
+    assert len(seqs(run, "a")) == 1
 
 
 def test_stream_that_is_paused_stays_so_with_another_source(

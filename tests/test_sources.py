@@ -35,6 +35,18 @@ def test_unreadable_image_in_a_folder_is_a_frame_with_an_error(frames: Path, tmp
     assert all(frame.error for frame in frames_read if frame.image_bgr is None) and len(frames_read) == 8
 
 
+def test_image_that_cannot_be_prepared_ahead_is_given_all_the_same(frames: Path) -> None:
+    """So that whoever prepares it then meets the error, and tells of it."""
+
+    def prepare(*_: object) -> np.ndarray:
+        raise MemoryError
+
+    with open_source(str(frames)) as source:
+        source.prepare = prepare
+        given = list(source)
+    assert len(given) == 6 and not any(frame.prepared for frame in given)
+
+
 def test_single_image_is_in_bgr(frames: Path) -> None:
     with open_source(str(frames / "0-red.jpg")) as source:
         (frame,) = source

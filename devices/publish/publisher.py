@@ -99,9 +99,6 @@ class Publisher:
         # Of the connection, by message id: predictions and events, and what is sent beside them.
         self._inflight: dict[int, Stored] = {}
         self._beside: set[int] = set()
-        if not replay_per_s > 0:
-            spool.close()
-            raise EdgekitError("replay rate", expected="more than 0 a second", got=f"{replay_per_s:g}", mend="give one")
         self._replay_per_s, self._tokens, self._tokens_s = replay_per_s, 0.0, time.monotonic()
         self._health_s = self._stalled_s = 0.0
         self._again = False  # what was refused is to be sent again
@@ -114,35 +111,42 @@ class Publisher:
         self.hurried = False
         #: Topic filters that it subscribes to.
         self.filters = (*([self._command_topic] if commands else ()), *(discovery.filters if discovery else ()))
-        self._connection = Connection(
-            address,
-            client_id,
-            will=(self._status_topic, OFFLINE),
-            subscriptions=self.filters,
-            maximum_packet_size=_MAX_PACKET_BYTES,
-            on_connect=self._connected,
-            on_disconnect=self._disconnected,
-            on_message=self._received,
-            on_publish=self._acknowledged,
-            on_subscribe=self._subscribed,
-            on_turn=self._turn,
-        )
+        connection: Connection | None = None
         try:
-            self._connection.start(patience_s=None, stop=stop)
+            if not replay_per_s > 0:
+                raise EdgekitError(
+                    "replay rate", expected="more than 0 a second", got=f"{replay_per_s:g}", mend="give one"
+                )
+            self._connection = connection = Connection(
+                address,
+                client_id,
+                will=(self._status_topic, OFFLINE),
+                subscriptions=self.filters,
+                maximum_packet_size=_MAX_PACKET_BYTES,
+                on_connect=self._connected,
+                on_disconnect=self._disconnected,
+                on_message=self._received,
+                on_publish=self._acknowledged,
+                on_subscribe=self._subscribed,
+                on_turn=self._turn,
+            )
+            connection.start(patience_s=None, stop=stop)
         except BaseException:
-            spool.close()
+            if connection is None or connection.close():
+                spool.close()
             raise
 
     # -- for any thread --------------------------------------------------------------------------------------------
 
-    def publish(self, stream: str, result: Result, *, wait: bool) -> None:
+    def publish(self, stream: str, result: Result, *, wait: threading.Event | None) -> None:
         """Publishes what came of a frame of ``stream``.
 
         Args:
-            wait: for room where there is none, as a file can; otherwise the message is shed and counted.
+            wait: for room where there is none, as a file can, until this is set. Otherwise, and then, a message for
+                which there is none is shed and counted.
         """
         prediction, events, state = result
-        self._sheds |= not wait
+        self._sheds |= wait is None
         if prediction:
             self._put(f"{stream}/prediction", encode(prediction), wait)
         for event in events:
@@ -160,11 +164,11 @@ class Publisher:
         """A stream is no more: the broker keeps no state of it."""
         self._retained[f"{self._base}/{stream}/state"] = b""
 
-    def _put(self, to: str, payload: bytes, wait: bool) -> None:
-        while wait and self._spool.full and not self._stop.is_set():
+    def _put(self, to: str, payload: bytes, wait: threading.Event | None) -> None:
+        while wait and self._spool.full and not (wait.is_set() or self._stop.is_set()):
             time.sleep(_WAIT_S)
         while not self._spool.put(to, payload):
-            if not wait or self._stop.is_set():
+            if wait is None or wait.is_set() or self._stop.is_set():
                 self._spool.count_shed("memory")
                 break
             time.sleep(_WAIT_S)
@@ -179,8 +183,10 @@ class Publisher:
             time.sleep(_WAIT_S)
         if self._connection.connected and not self._ended:
             logger.warning("broker %s has not acknowledged the last status, offline", self._address)
-        self._connection.close()
-        self._spool.close()
+        if self._connection.close():
+            self._spool.close()
+        else:  # it is in the midst of the spool
+            logger.error("the disk of %s does not answer; what is in memory is kept there", self._spool.path)
         if not left:
             return
         what = f"broker {self._address} has not acknowledged {left} messages"

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import sqlite3
+import threading
 import time
 from collections import deque
 from pathlib import Path
@@ -85,6 +86,7 @@ class Spool:
             )
         self.path, self.max_bytes, self.max_age_s = path, max_bytes, max_age_s
         self.shed: dict[str, int] = {}
+        self._shedding = threading.Lock()
         self.stored_s = -1e9  # when a message was last stored, by the monotonic clock
         self.disk_error = ""
         self._file = SpoolFile(path)
@@ -273,9 +275,11 @@ class Spool:
         self.delete(stored)
 
     def count_shed(self, cause: str, count: int = 1) -> None:
-        if not self.shed.get(cause):
+        with self._shedding:
+            before = self.shed.get(cause, 0)
+            self.shed[cause] = before + count
+        if not before:
             logger.error("messages are shed, the first of them now: %s; health tells how many", cause)
-        self.shed[cause] = self.shed.get(cause, 0) + count
 
     def close(self) -> None:
         """Stores what can be stored: shared memory does not outlast the machine."""

@@ -85,7 +85,7 @@ def main() -> None:
                 predictions=[Prediction(seq // 20 % 2, "made", 0.9)],
             )
             began_s = time.perf_counter()
-            publisher.publish(given.stream, Result(message, [], None), wait=False)
+            publisher.publish(given.stream, Result(message, [], None), wait=None)
             told = Told(message.id, round(1e3 * (time.perf_counter() - began_s), 4), spool.shed)
             sys.stdout.buffer.write(msgspec.json.encode(told) + b"\n")
             sys.stdout.buffer.flush()

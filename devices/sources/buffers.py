@@ -24,7 +24,10 @@ class Buffers:
 
     def take(self) -> Image | None:
         """One to write the next image into; None: there is none, and OpenCV makes one."""
-        return self._free.pop() if self._free else None
+        try:
+            return self._free.pop()
+        except IndexError:  # rather than asking before: a thread that was left behind may take one too
+            return None
 
     def lend(self, image: Image) -> Image:
         """What others look at. ``image`` is free again when this and all that was cut out of it are no more."""

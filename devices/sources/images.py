@@ -80,7 +80,7 @@ class FileSource(Source):
         began_s = time.monotonic()
         try:
             tensor = prepare(picture.image_bgr, "bgr")
-        except EdgekitError:  # which whoever takes the frame finds too
+        except Exception:  # which whoever takes the frame finds too
             return None
         return Prepared(tensor, prepare, time.monotonic() - began_s)
 

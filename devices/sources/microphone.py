@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 OPEN_TIMEOUT_S = 10.0
 # So does a device that gives nothing more for so long.
 STALL_TIMEOUT_S = 2.0
+# For a recorder that was killed.
+END_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,19 @@ class Microphone:
         self._recorder.kill()
 
     def close(self) -> None:
+        """
+        Raises:
+            SourceError: it does not end, as in a driver where no signal reaches it.
+        """
         self.end()
-        self._recorder.communicate()
-        self._log.close()
+        try:
+            self._recorder.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise SourceError(f"microphone {self.name or 'default'} does not end", mend="restart the device") from None
+        finally:
+            for file in (self._recorder.stdin, self._recorder.stdout, self._log):
+                if file:
+                    file.close()
 
     def __enter__(self) -> Microphone:
         return self

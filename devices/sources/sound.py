@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -28,6 +29,8 @@ USAGE = "mic, mic:NAME or an audio file (wav, flac, mp3, ogg)"
 MAX_LATE_S = 1.0
 # So much of a stream waits for the model; then sound is lost.
 MAX_BACKLOG_S = 10.0
+# How long a thread may take to end when its source is closed; one that hangs is left behind.
+CLOSE_S = 2.0
 
 
 class AudioFileSource(Source):
@@ -72,7 +75,8 @@ class AudioFileSource(Source):
         yield from cutter.finish()
 
     def close(self) -> None:
-        self._pieces.close()
+        with suppress(ValueError):  # a thread that hangs is reading
+            self._pieces.close()
 
 
 class MicrophoneSource(Source):
@@ -129,8 +133,7 @@ class MicrophoneSource(Source):
     def close(self) -> None:
         self._ended.set()
         self._microphone.end()
-        self._thread.join()
-        self._microphone.close()
+        self._thread.join(CLOSE_S)
         with self._changed:
             self._drop_waiting()
 
@@ -145,35 +148,37 @@ class MicrophoneSource(Source):
         self._cutter.restart()
 
     def _listen(self, closed: bool) -> None:
+        block: Block | None = None
         while not self._ended.is_set():
             try:
                 if closed:
                     closed = False
                     self._open()
-                block = self._microphone.read()
-            except SourceError as lost:
-                self._reopen(lost)
-            else:
-                self._take(block)
+                self._take(block or self._microphone.read())
+                block = None
+            except Exception as error:  # there may be no room for a process, and libraries raise what they like
+                block = self._reopen(_lost(self.name, error))
+        with suppress(SourceError):
+            self._microphone.close()
 
-    def _reopen(self, lost: SourceError) -> None:
-        """Until it gives sound again, or the source is closed."""
+    def _reopen(self, lost: SourceError) -> Block | None:
+        """The first sound there is again; None if the source is closed."""
         lost_s = time.monotonic()
         if not self._ended.is_set():
             self.lost = True
             logger.warning("%s; opening it again until it does", lost if self._heard_s is None else lost.what)
         for wait_s in retry_waits_s():
             if self._ended.wait(wait_s):
-                return
-            self._microphone.close()
-            self._microphone = Microphone(*self._asked_for)
-            if self._ended.is_set():  # close() may have ended the one before
-                return
+                return None
             try:
+                self._microphone.close()
+                self._microphone = Microphone(*self._asked_for)
+                if self._ended.is_set():  # close() may have ended the one before
+                    return None
                 self._open()
                 block = self._microphone.read()
-            except SourceError as error:
-                logger.debug("%s", error)
+            except Exception as error:
+                logger.debug("%s", _lost(self.name, error))
                 continue
             self.lost = False
             if self._heard_s is None:
@@ -181,8 +186,8 @@ class MicrophoneSource(Source):
             else:
                 begun_s = block.arrived_s - len(block.samples) / self._microphone.sample_rate_hz
                 self._tell_gap(begun_s - self._heard_s)
-            self._take(block)
-            return
+            return block
+        return None
 
     def _take(self, block: Block) -> None:
         samples = len(block.samples)
@@ -220,6 +225,12 @@ class MicrophoneSource(Source):
         logger.warning(
             "gap in the sound of microphone %s, about %.1f s%s; it begins anew", self._microphone.name, lost_s, reason
         )
+
+
+def _lost(name: str, error: Exception) -> SourceError:
+    if isinstance(error, SourceError):
+        return error
+    return SourceError(f"source {name} failed ({error or type(error).__name__})", mend="check the device")
 
 
 def open_audio_source(
