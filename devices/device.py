@@ -96,6 +96,7 @@ class Device:
             versions = edgekit.__version__, platform.python_version(), runtimes.installed().get(model.runtime, "")
             self._versions = Versions(*versions[:2], f"{model.runtime} {versions[2]}".strip())
             self._info = self.info()
+            self.check_groups({name: stream.pipeline.model.bundle for name, stream in self.streams.items()})
             if config.broker != "none":
                 self._connect(config)
         except BaseException:

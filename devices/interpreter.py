@@ -15,7 +15,7 @@ from edgekit import bundle as bundles
 from edgekit.audio import as_samples
 from edgekit.audio_preprocess import StreamPreprocessor
 from edgekit.bundle import Bundle
-from edgekit.custom_ops import Ops
+from edgekit.custom_ops import CustomOpResolver, Ops, paths_of
 from edgekit.decode import Prediction, Threshold, scores, thresholds, top
 from edgekit.devices.delegates.chain import Chain
 from edgekit.devices.delegates.plans import ORDER
@@ -55,7 +55,7 @@ class Model:
         self,
         bundle: Bundle,
         *,
-        delegate: str = "auto",
+        delegate: str | os.PathLike[str] = "auto",
         threads: int = 1,
         runtime: str | None = None,
         ops: Ops = (),
@@ -67,10 +67,12 @@ class Model:
             raise BundleError(
                 "threads", expected="1 to 256", got=str(threads), mend="give as many as the device has cores"
             )
+        delegate = os.fspath(delegate)
+        kernels = ops if isinstance(ops, CustomOpResolver) else paths_of(ops)
         self.bundle, self.requested_delegate = bundle, delegate
         self.began_s: float | None = None
         self._chain = Chain(
-            bundle, delegate, order=order, runtime=runtime, threads=threads, ops=ops, strict=strict, hang_s=hang_s
+            bundle, delegate, order=order, runtime=runtime, threads=threads, ops=kernels, strict=strict, hang_s=hang_s
         )
         self._forget()
 
@@ -241,7 +243,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     labels: str | os.PathLike[str] | None = None,
-    delegate: str = "auto",
+    delegate: str | os.PathLike[str] = "auto",
     threads: int = 1,
     runtime: str | None = None,
     ops: Ops = (),

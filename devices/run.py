@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from edgekit.broker import BrokerAddress
-from edgekit.custom_ops import CustomOpResolver, Ops
+from edgekit.custom_ops import CustomOpResolver, Ops, paths_of
 from edgekit.decode import Threshold
 from edgekit.devices.config import Config, StreamConfig, read_config
 from edgekit.devices.counts import Counts
@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 def stream(
     bundle: str | os.PathLike[str],
-    source: str,
+    source: str | os.PathLike[str],
     *,
     labels: str | os.PathLike[str] | None = None,
     device_id: str | None = None,
     stream: str = "main",
-    delegate: str = "auto",
+    delegate: str | os.PathLike[str] = "auto",
     strict: bool = False,
     threads: int | None = None,
     threshold: Threshold = 0.0,
@@ -43,7 +43,7 @@ def stream(
 ) -> Iterator[PredictionMessage]:
     """The predictions of ``bundle`` on ``source``, one by one, published nowhere. Otherwise as :func:`run`."""
     of_stream = _stream_config(
-        bundle, source, stream, labels, threshold, ops, delegate=delegate, strict=strict, threads=threads, top_k=top_k,
+        bundle, source, stream, labels, threshold, ops, delegate, strict=strict, threads=threads, top_k=top_k,
         max_fps=max_fps, hop_s=hop_s, loop=loop, drop=drop,
     )  # fmt: skip
     config = Config(stream=(of_stream,), device_id=device_id, broker="none")
@@ -55,14 +55,14 @@ def stream(
 
 def run(
     bundle: str | os.PathLike[str] | None = None,
-    source: str | None = None,
+    source: str | os.PathLike[str] | None = None,
     *,
     config: str | os.PathLike[str] | None = None,
     broker: str | BrokerAddress = "mqtt://localhost",
     labels: str | os.PathLike[str] | None = None,
     device_id: str | None = None,
     stream: str = "main",
-    delegate: str = "auto",
+    delegate: str | os.PathLike[str] = "auto",
     strict: bool = False,
     threads: int | None = None,
     threshold: Threshold = 0.0,
@@ -74,7 +74,7 @@ def run(
     smoothing: int = 1,
     hysteresis: float = 0.1,
     ops: Ops = (),
-    profile: str | None = None,
+    profile: str | os.PathLike[str] | None = None,
     spool: str | os.PathLike[str] | None = None,
     spool_size_mb: int = 64,
     spool_days: float = 7.0,
@@ -145,7 +145,7 @@ def run(
     else:
         read = None
         of_stream = _stream_config(
-            bundle, source, stream, labels, threshold, ops, delegate=delegate, strict=strict, threads=threads,
+            bundle, source, stream, labels, threshold, ops, delegate, strict=strict, threads=threads,
             top_k=top_k, max_fps=max_fps, hop_s=hop_s, loop=loop, drop=drop, smoothing=smoothing, hysteresis=hysteresis,
         )  # fmt: skip
         wanted = Config(
@@ -153,7 +153,7 @@ def run(
             device_id=device_id,
             broker=broker,
             prefix=prefix,
-            profile=profile,
+            profile=None if profile is None else os.fspath(profile),
             spool=None if spool is None else os.fspath(spool),
             spool_size_mb=spool_size_mb,
             spool_days=spool_days,
@@ -209,19 +209,21 @@ def _resolver(ops: Ops) -> Ops:
 
 def _stream_config(
     bundle: str | os.PathLike[str],
-    source: str,
+    source: str | os.PathLike[str],
     name: str,
     labels: str | os.PathLike[str] | None,
     threshold: Threshold,
     ops: Ops,
+    delegate: str | os.PathLike[str],
     **others: Any,
 ) -> StreamConfig:
     return StreamConfig(
         bundle=os.fspath(bundle),
-        source=source,
+        source=os.fspath(source),
         name=name,
         labels=None if labels is None else os.fspath(labels),
         threshold=dict(threshold) if isinstance(threshold, Mapping) else threshold,
-        ops=() if isinstance(ops, CustomOpResolver) else tuple(os.fspath(path) for path in ops),
+        ops=() if isinstance(ops, CustomOpResolver) else tuple(os.fspath(path) for path in paths_of(ops)),
+        delegate=os.fspath(delegate),
         **others,
     )

@@ -24,6 +24,12 @@ Samples = npt.NDArray[np.float32]
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".oga", ".aiff", ".aif", ".au", ".caf", ".w64", ".opus"}
 
+
+def is_sound(source: str) -> bool:
+    """Whether a source of this name on the command line gives sound, and no images."""
+    return source.partition(":")[0] == "mic" or Path(source).suffix.lower() in AUDIO_SUFFIXES
+
+
 # So many frames at most are worked out at once: their spectra stay in the processor's cache.
 _BLOCK_FRAMES = 64
 # The filters are multiplied in groups of so many, each with the part of the spectrum that they cover: most of the rest

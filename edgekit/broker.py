@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,16 +95,23 @@ def parse_broker(
         return broker
     try:
         parts = urlsplit(broker)
-        port = parts.port
     except ValueError:
         raise BrokerError("broker URL cannot be read", expected=_USAGE, mend="percent-encode odd characters") from None
-    if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or parts.path.strip("/"):
+    try:
+        port = parts.port
+    except ValueError:
+        port = 0
+    more = [name for name in ("path", "query", "fragment") if getattr(parts, name).strip("/")]
+    odd = re.search(r"[\s\x00-\x1f\x7f]", parts.hostname or "")
+    if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or odd or more:
         raise BrokerError(
             "broker URL",
             expected=_USAGE,
-            got=f"scheme {parts.scheme!r}, host {parts.hostname!r}" + (", a path" if parts.path.strip("/") else ""),
+            got=", a ".join([f"scheme {parts.scheme!r}, host {parts.hostname!r}", *more]),
             mend="give scheme and host, and no more than a port",
         )
+    if port == 0:
+        raise BrokerError("port of the broker's URL", expected="a number from 1 to 65535", mend="give one, or none")
     tls = parts.scheme == "mqtts"
     given = os.environ.get
     files = cafile or given("EDGEKIT_MQTT_CAFILE"), certfile or given("EDGEKIT_MQTT_CERT")

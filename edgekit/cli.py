@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from contextlib import suppress
 
 import click
 
@@ -69,5 +70,6 @@ def main(arguments: list[str] | None = None) -> None:
             line = str(error)
         elif operator := getattr(error, "edgekit_operator", ""):
             line = f"the kernel of the custom operator {operator} raised {type(error).__name__}: {error}; mend it"
-        click.echo(f"edgekit: error: {' '.join(line.split())}", err=True)
+        with suppress(OSError):
+            click.echo(f"edgekit: error: {' '.join(line.split())}", err=True)
         sys.exit(1)

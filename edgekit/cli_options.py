@@ -6,6 +6,7 @@ import functools
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,7 +19,10 @@ class _StderrHandler(logging.Handler):
     """Writes to what ``sys.stderr`` is at the time, so that a progress bar can put log lines above itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(self.format(record), file=sys.stderr)
+        if sys.stderr:
+            # A full disk, or a pipe that nobody reads any more, is not to end the thread that logs.
+            with suppress(OSError, ValueError):
+                click.echo(self.format(record), file=sys.stderr)
 
 
 def command(function: Callable[..., None]) -> click.Command:

@@ -210,7 +210,7 @@ def run(
 
     bar: Any = nullcontext()
     shown = itertools.count(1)
-    if sys.stderr.isatty():  # a service needs no bar, nor the memory of what draws it
+    if sys.stderr and sys.stderr.isatty():  # a service needs no bar, nor the memory of what draws it
         from edgekit.terminal import progress_bar
 
         bar = progress_bar()
@@ -218,7 +218,14 @@ def run(
 
         def show(message: PredictionMessage) -> None:
             if as_json:
-                click.echo(encode(message))
+                try:
+                    click.echo(encode(message))
+                except BrokenPipeError:  # of `edgekit run … | head`
+                    raise
+                except OSError as error:
+                    raise EdgekitError(
+                        f"stdout cannot be written ({error.strerror})", mend="free disk space, or leave out --json"
+                    ) from error
             if progress:
                 progress("frames", next(shown), 0)
 

@@ -178,8 +178,13 @@ class CustomOpResolver:
 Ops = CustomOpResolver | Sequence[str | os.PathLike[str]]
 
 
+def paths_of(files: Sequence[str | os.PathLike[str]] | str | os.PathLike[str]) -> Sequence[str | os.PathLike[str]]:
+    """One path is easily given instead of a list with it, and would be taken letter by letter."""
+    return (files,) if isinstance(files, str | os.PathLike) else files
+
+
 def resolver(ops: Ops) -> CustomOpResolver:
-    return ops if isinstance(ops, CustomOpResolver) else CustomOpResolver(*ops)
+    return ops if isinstance(ops, CustomOpResolver) else CustomOpResolver(*paths_of(ops))
 
 
 NOT_BUILT = (

@@ -64,7 +64,14 @@ class Client:
         session = Properties(PacketTypes.CONNECT)
         session.SessionExpiryInterval = 3600 if stays else 0
         port = hub.devices_port if device else hub.consumers_port
-        self.paho.connect("localhost", port, clean_start=not stays, properties=session)
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                self.paho.connect("localhost", port, clean_start=not stays, properties=session)
+                break
+            except ConnectionRefusedError:  # a broker that was just started may have opened another port only
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
         self.paho.loop_start()
         hub.clients.append(self)
         assert self._connected.get(timeout=10) == "Success"

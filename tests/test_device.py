@@ -125,6 +125,24 @@ def test_stream_that_cannot_be_closed_keeps_nothing_else_from_it(
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("mqtt-edgekit-pi")]
 
 
+def test_log_that_nobody_reads_any_more_ends_nothing(models: Path, red: Path, broker: Any) -> None:
+    """Nor does a full disk: a line is lost, and the thread that wrote it goes on."""
+    command = [sys.executable, "-m", "edgekit", "run", models / "int8.tflite", "--source", red, "--loop", "--json"]
+    command += ["--max-fps", "50", "--broker", broker.url, "--device-id", "pi"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout and process.stderr and process.stdout.readline()
+    threading.Thread(target=process.stdout.read, daemon=True).start()
+    process.stderr.close()
+    broker.stop()
+    broker.start()
+    try:
+        assert broker.subscribe("edgekit/pi/main/prediction", "-C", "1", "-W", "20")()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+
+
 def test_storm_of_signals_is_survived(models: Path, red: Path, tmp_path: Path) -> None:
     """Also where one comes while another is being dealt with."""
     config = tmp_path / "edgekit.toml"

@@ -35,10 +35,14 @@ def test_parse_broker(url: str, text: str, credentials: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["hub", "http://u:hunter2@hub", "mqtt://", "mqtt://u:hunter2@hub:x", "mqtt://hub/topic", ""]
-)
+    "url",
+    [
+        "hub", "http://u:hunter2@hub", "mqtt://", "mqtt://u:hunter2@hub:x", "mqtt://u:hunter2@hub:0", "mqtt://hub:99999",
+        "mqtt://hub/topic", "mqtt://hub?x=1", "mqtt://hub#x", "mqtt://hub :1883", "mqtt://hub\0", "",
+    ],
+)  # fmt: skip
 def test_parse_broker_refuses_other_forms_and_keeps_the_password_to_itself(url: str) -> None:
-    with pytest.raises(BrokerError, match="expected mqtt://") as caught:
+    with pytest.raises(BrokerError, match=r"expected (mqtt://|a number from 1 to 65535)") as caught:
         parse_broker(url)
     assert "hunter2" not in str(caught.value)
 

@@ -4,6 +4,7 @@ import getpass
 import json
 import os
 import pwd
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,27 @@ def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(path))
     return path
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("threshold = { zebra = 0.5 }", "stream main: threshold zebra=0.5: expected a label of the model"),
+        ("hop_s = 1.0", "stream main: hop: expected a bundle that takes windows of sound"),
+        ("ops = ['nowhere.so']", "nowhere.so is not there"),
+        ("[label_groups]\nwild = ['zebra']", "label group wild: 'zebra': expected a label of the model"),
+    ],
+)
+def test_configuration_that_would_not_run_is_refused(config: Path, more: str, said: str) -> None:
+    config.write_text(f"{config.read_text()}{more}\n")
+    with pytest.raises(EdgekitError, match=re.escape(said)):
+        unit.check(config)
+
+
+def test_source_of_another_kind_than_the_bundle_takes_is_refused(config: Path) -> None:
+    config.write_text(config.read_text().replace("camera:0", "mic:USB"))
+    with pytest.raises(EdgekitError, match="source mic:USB: expected images, which its bundle takes, got sound"):
+        unit.check(config)
 
 
 class System:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 import edgekit
-from edgekit.audio import AUDIO_SUFFIXES
+from edgekit.audio import is_sound
 from edgekit.broker import BrokerAddress, parse_broker
 from edgekit.devices.config import Config, StreamConfig, read_config
 from edgekit.devices.doctor import machine, probe
@@ -150,7 +150,7 @@ def _source(stream: StreamConfig) -> Iterator[Finding]:
         elif not os.access(path, os.R_OK):
             yield failed(check, f"{name} may not be read", "chmod or move it", needed=True)
         else:
-            yield ok(check, f"{name}, {'sound' if path.suffix.lower() in AUDIO_SUFFIXES else 'images'}", needed=True)
+            yield ok(check, f"{name}, {'sound' if is_sound(source) else 'images'}", needed=True)
         return
     yield _answers(check, source, name)
 

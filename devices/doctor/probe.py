@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from edgekit import custom_ops, runtimes
-from edgekit.bundle import read
 from edgekit.devices.config import StreamConfig
 from edgekit.devices.delegates.plans import EDGE_TPU_LIBRARY, AbsentError, plan
 from edgekit.devices.doctor.finding import Finding, failed, from_error, missing, ok
 from edgekit.devices.profiles import Profile
+from edgekit.devices.stream import read_bundle
 from edgekit.errors import EdgekitError, RuntimeMissingError
 from edgekit.native_ops import listed_versions
 from edgekit.runtimes import Runtime
@@ -94,7 +94,7 @@ def _bundle(stream: StreamConfig, runtime: Runtime) -> Iterator[Finding]:
     """Reads the stream's bundle, and runs it once with the delegate that is asked for."""
     check = f"bundle of {stream.name}"
     try:
-        bundle = read(stream.bundle, stream.labels)
+        bundle = read_bundle(stream)
     except EdgekitError as error:
         yield from_error(check, error, needed=True)
         return

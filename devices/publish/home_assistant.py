@@ -45,6 +45,7 @@ def label_groups(given: Iterable[str], labels: Collection[str]) -> dict[str, tup
         EdgekitError: one is not of that form, or a label is none of ``labels``.
     """
     groups: dict[str, tuple[str, ...]] = {}
+    labels = tuple(dict.fromkeys(labels))  # of several streams
     for text in given:
         name, equals, members = text.partition("=")
         if not equals:
@@ -52,7 +53,7 @@ def label_groups(given: Iterable[str], labels: Collection[str]) -> dict[str, tup
         named = [members] if members in labels else members.split(",")
         for label in named:
             if label not in labels:
-                close = difflib.get_close_matches(label, labels) or list(labels)[:5]
+                close = difflib.get_close_matches(label, labels) or labels[:5]
                 raise EdgekitError(
                     f"label group {name}: {label!r}", expected="a label of the model", mend=f"try {' or '.join(close)}"
                 )

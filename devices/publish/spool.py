@@ -109,7 +109,7 @@ class Spool:
             raise
 
     def _open(self) -> None:
-        path, is_new = self.path, self.path is not None and not self.path.exists()
+        path, is_new = self.path, self.path is not None and not os.access(self.path, os.F_OK)
         try:
             self._lost(self._file.open())
             # A process may have been killed after a commit and before it gave back the room in shared memory.

@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 
 import edgekit
-from edgekit.bundle import read
+from edgekit.audio import is_sound
 from edgekit.devices.config import Config, read_config
+from edgekit.devices.publish.home_assistant import label_groups
+from edgekit.devices.sources.frames import public_name
+from edgekit.devices.stream import read_bundle
 from edgekit.devices.toml_file import TomlFile
 from edgekit.errors import EdgekitError
+from edgekit.manifest import AudioInput
 
 logger = logging.getLogger(__name__)
 
@@ -82,11 +86,24 @@ def unit_text(
 def check(path: Path) -> Config:
     """The configuration, if all it names can be read by this process."""
     config = read_config(path)
+    labels: list[str] = []
     for stream in config.stream:
-        read(stream.bundle, stream.labels)
+        bundle = read_bundle(stream)
+        labels += bundle.labels
+        gives, takes = is_sound(stream.source), isinstance(bundle.input, AudioInput)
+        if gives != takes:
+            kinds = ["images", "sound"]
+            raise EdgekitError(
+                f"stream {stream.name}: source {public_name(stream.source)}",
+                expected=f"{kinds[takes]}, which its bundle takes",
+                got=kinds[gives],
+                mend="give another",
+            )
+    label_groups([f"{name}={label}" for name, group in config.label_groups.items() for label in group], labels)
     for used in files_of(path, config):
-        if used.exists() and not os.access(used, os.R_OK):
-            raise EdgekitError(f"{used} may not be read", mend="chmod or move it")
+        if not os.access(used, os.R_OK):
+            there = "" if os.access(used, os.F_OK) else "is not there, or "
+            raise EdgekitError(f"{used} {there}may not be read", mend="check the path, chmod or move it")
     if not isinstance(config.broker, str):
         config.broker.tls_context()
     return config

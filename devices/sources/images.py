@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.audio import AUDIO_SUFFIXES
+from edgekit.audio import is_sound
 from edgekit.devices.sources import frames
 from edgekit.devices.sources.buffers import Buffers
 from edgekit.devices.sources.cameras import Hints, camera_opener
@@ -202,15 +202,23 @@ def open_source(
     open_camera = camera_opener(spec, camera)
     if open_camera:
         return LiveSource(spec, stop, open_camera, drop, patient)
-    path = Path(spec)
-    if spec.partition(":")[0] == "mic" or path.suffix.lower() in AUDIO_SUFFIXES:
+    try:
+        return _open_files(spec, Path(spec), loop, stop)
+    except OSError as error:
+        raise SourceError(
+            f"source {public_name(spec)}: {error.strerror}", mend="check the path, and who may read it"
+        ) from error
+
+
+def _open_files(spec: str, path: Path, loop: bool, stop: threading.Event) -> Source:
+    if is_sound(spec):
         raise SourceError(
             f"source {spec} is sound, and this bundle takes images",
             expected=USAGE,
             mend="give a bundle for audio tagging",
         )
     if spec and path.is_dir():
-        paths = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        paths = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
         if not paths:
             raise SourceError(
                 f"source {spec} holds no images",

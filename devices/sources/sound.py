@@ -260,11 +260,17 @@ def open_audio_source(
     if kind == "mic":
         return MicrophoneSource(spec, stop, name, input, patient, preferred)
     path = Path(spec)
-    if kind == "camera" or "://" in spec or (spec and path.is_dir()):
+    try:
+        is_folder, is_file = bool(spec) and path.is_dir(), bool(spec) and path.is_file()
+    except OSError as error:
+        raise SourceError(
+            f"source {public_name(spec)}: {error.strerror}", mend="check the path, and who may read it"
+        ) from error
+    if kind == "camera" or "://" in spec or is_folder:
         raise SourceError(
             f"source {public_name(spec)} is none of sound, which this bundle takes", expected=USAGE, mend="give another"
         )
-    if not spec or not path.is_file():
+    if not is_file:
         raise SourceError(f"source {public_name(spec)!r} does not exist", expected=USAGE, mend="check the path")
     return AudioFileSource(spec, stop, path, input, loop)
 
