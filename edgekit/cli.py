@@ -73,3 +73,9 @@ def main(arguments: list[str] | None = None) -> None:
         with suppress(OSError):
             click.echo(f"edgekit: error: {' '.join(line.split())}", err=True)
         sys.exit(1)
+    finally:
+        try:
+            if sys.stderr:
+                sys.stderr.flush()
+        except OSError:  # Python would try again at its end, and have another exit status for it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
