@@ -16,6 +16,7 @@ from edgekit import bundle as bundles
 from edgekit.bundle import Bundle
 from edgekit.decode import thresholds
 from edgekit.devices.config import StreamConfig
+from edgekit.devices.delegates.plans import compiled_path
 from edgekit.devices.pipeline import Pipeline
 from edgekit.devices.profiles import Profile
 from edgekit.devices.results import Result
@@ -42,8 +43,7 @@ class Files(NamedTuple):
     @classmethod
     def of(cls, config: StreamConfig) -> Files:
         path = Path(config.bundle)
-        compiled = path.with_name(f"{path.stem}_edgetpu.tflite")
-        return cls(_status(path), _status(compiled), _status(Path(config.labels)) if config.labels else None)
+        return cls(_status(path), _status(compiled_path(path)), _status(Path(config.labels)) if config.labels else None)
 
 
 def _status(path: Path) -> Status | None:
