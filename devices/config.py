@@ -14,6 +14,7 @@ import msgspec
 
 from edgekit.broker import BrokerAddress, parse_broker
 from edgekit.devices.profiles import load_profile
+from edgekit.devices.sources.frames import is_file
 from edgekit.devices.toml_file import MEND, Key, TomlFile, shown
 from edgekit.errors import BrokerError, EdgekitError
 from edgekit.messages import PREFIX, check_name, check_prefix
@@ -194,20 +195,24 @@ def check_stream(stream: StreamConfig, at: Key = ()) -> None:
 
 
 def _check(config: StreamConfig | Config, at: Key, where: str) -> None:
-    """Holds values against their rules."""
-    for name in config.__struct_fields__:
-        given = getattr(config, name)
-        if given is None or isinstance(given, BrokerAddress):
+    """Holds values against their types, which those from Python need not have, and their rules."""
+    for field in msgspec.structs.fields(config):
+        name, given = field.name, getattr(config, field.name)
+        if isinstance(given, BrokerAddress):
             continue
         rule, table = _RULES[name], given if isinstance(given, Mapping) else {"": given}
+        try:
+            msgspec.convert(given, field.type)
+        except msgspec.ValidationError as error:
+            raise ConfigError((*at, name), where + name, expected=rule.expected, got=shown(given), mend=MEND) from error
         for key, value in table.items():
-            is_right = rule.holds(value) and (name != "label_groups" or _NAME.holds(key))
-            if not is_right:
+            is_right = value is None or rule.holds(value)
+            if not is_right or (name == "label_groups" and not _NAME.holds(key)):
                 raise ConfigError(
                     (*at, name, *filter(None, [key])),
                     f"{where}{name}" + (f" {key!r}" if key else ""),
                     expected=rule.expected,
-                    got=shown(value),
+                    got=shown(key if is_right else value),
                     mend=MEND,
                 )
 
@@ -245,7 +250,7 @@ def _begin_at(folder: Path, stream: StreamConfig) -> StreamConfig:
     return msgspec.structs.replace(
         stream,
         bundle=_join(folder, stream.bundle),
-        source=_join(folder, stream.source, unless=r"(camera|mic)(:|$)|\w+://|$"),
+        source=_join(folder, stream.source) if is_file(stream.source) else stream.source,
         labels=_join(folder, stream.labels),
         delegate=_join(folder, stream.delegate, unless=rf"(?!{_LIBRARY})"),
         ops=tuple(_join(folder, path) for path in stream.ops),

@@ -280,8 +280,7 @@ class Device:
         return discovery(self._info, labels, self._groups(labels), prefix=self.config.prefix)
 
     def _groups(self, labels: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-        given = [f"{name}={label}" for name, named in self.config.label_groups.items() for label in named]
-        return label_groups(given, [label for names in labels.values() for label in names])
+        return label_groups(self.config.label_groups, [label for names in labels.values() for label in names])
 
     @property
     def counts(self) -> Counts:

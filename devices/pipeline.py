@@ -98,12 +98,12 @@ class Pipeline:
     def pause(self) -> None:
         """Predicts no more until :meth:`resume`: a live source goes on and is not looked at, a file waits."""
         if not self.paused:
-            logger.info("paused")
+            logger.info("stream %s: paused", self.config.name)
         self.paused = True
 
     def resume(self) -> None:
         if self.paused:
-            logger.info("resumed")
+            logger.info("stream %s: resumed", self.config.name)
         self.paused = False
 
     def change(self, **changes: Any) -> StreamConfig:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from edgekit.broker import BrokerAddress
 from edgekit.custom_ops import CustomOpResolver, Ops, paths_of
 from edgekit.decode import Threshold
@@ -155,13 +157,13 @@ def run(
             prefix=prefix,
             profile=None if profile is None else os.fspath(profile),
             spool=None if spool is None else os.fspath(spool),
-            spool_size_mb=spool_size_mb,
-            spool_days=spool_days,
-            replay_rate=replay_rate,
+            spool_size_mb=_plain(spool_size_mb),
+            spool_days=_plain(spool_days),
+            replay_rate=_plain(replay_rate),
             commands=commands,
             home_assistant=home_assistant,
             label_groups=_groups(label_groups),
-            hang_s=hang_s,
+            hang_s=_plain(hang_s),
         )
 
     def on_result(result: Result) -> None:
@@ -222,8 +224,15 @@ def _stream_config(
         source=os.fspath(source),
         name=name,
         labels=None if labels is None else os.fspath(labels),
-        threshold=dict(threshold) if isinstance(threshold, Mapping) else threshold,
+        threshold={label: _plain(score) for label, score in threshold.items()}
+        if isinstance(threshold, Mapping)
+        else _plain(threshold),
         ops=() if isinstance(ops, CustomOpResolver) else tuple(os.fspath(path) for path in paths_of(ops)),
         delegate=os.fspath(delegate),
-        **others,
+        **{name: _plain(value) for name, value in others.items()},
     )
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers, as a threshold that was calculated is one, as Python's: no message can hold them."""
+    return value.item() if isinstance(value, np.generic) else value

@@ -13,15 +13,16 @@ from typing import NamedTuple
 import msgspec
 
 from edgekit import bundle as bundles
+from edgekit.audio import is_sound
 from edgekit.bundle import Bundle
 from edgekit.decode import thresholds
 from edgekit.devices.config import StreamConfig
 from edgekit.devices.delegates.plans import compiled_path
 from edgekit.devices.pipeline import Pipeline
-from edgekit.devices.profiles import Profile
+from edgekit.devices.profiles import Profile, detect
 from edgekit.devices.results import Result
-from edgekit.devices.sources.frames import Source
-from edgekit.errors import EdgekitError
+from edgekit.devices.sources.frames import Source, is_file, public_name
+from edgekit.errors import EdgekitError, SourceError
 from edgekit.manifest import AudioInput
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def _status(path: Path) -> Status | None:
 
 
 def read_bundle(config: StreamConfig) -> Bundle:
-    """The bundle of a stream, with a hop of another length if told so.
+    """The bundle of a stream, with a hop of another length if told so. The source is not opened.
 
     Raises:
         EdgekitError: it cannot be read, or the configuration does not fit it.
@@ -67,9 +68,18 @@ def read_bundle(config: StreamConfig) -> Bundle:
         thresholds(config.threshold, bundle.labels)
     except EdgekitError as error:
         raise EdgekitError(where + error.what, expected=error.expected, got=error.got, mend=error.mend) from error
+    given = bundle.input
+    takes = "sound" if isinstance(given, AudioInput) else "images"
+    gives = "sound" if is_sound(config.source) else takes if is_file(config.source) else "images"
+    if gives != takes:
+        raise SourceError(
+            f"{where}source {public_name(config.source)}",
+            expected=f"{takes}, which its bundle takes",
+            got=gives,
+            mend="give another source, or another bundle",
+        )
     if config.hop_s is None:
         return bundle
-    given = bundle.input
     if not isinstance(given, AudioInput) or given.streaming:
         kind = "streams sound by hops of its own" if isinstance(given, AudioInput) else "takes images"
         raise EdgekitError(
@@ -106,6 +116,15 @@ def open_source(
     return images.open_source(
         config.source, loop=config.loop, stop=stop, drop=config.drop, patient=patient, camera=profile.camera
     )
+
+
+def try_source(config: StreamConfig, bundle: Bundle) -> None:
+    """Opens the source, which is a file, as a run would.
+
+    Raises:
+        SourceError: it cannot be opened.
+    """
+    open_source(config, bundle, detect(), threading.Event(), patient=False).close()
 
 
 class Stream:

@@ -27,7 +27,7 @@ AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".oga", ".aiff", ".aif", ".au
 
 def is_sound(source: str) -> bool:
     """Whether a source of this name on the command line gives sound, and no images."""
-    return source.partition(":")[0] == "mic" or Path(source).suffix.lower() in AUDIO_SUFFIXES
+    return source.partition(":")[0] == "mic" or ("://" not in source and Path(source).suffix.lower() in AUDIO_SUFFIXES)
 
 
 # So many frames at most are worked out at once: their spectra stay in the processor's cache.

@@ -99,10 +99,13 @@ def test_hop_that_is_none_is_refused(sound_models: Path, recording: Path, hop_s:
         list(edgekit.stream(sound_models / "window.tflite", str(recording), hop_s=hop_s))
 
 
-def test_hop_where_there_is_none_to_choose_is_refused(sound_models: Path, models: Path, recording: Path) -> None:
-    for bundle, complaint in ((sound_models / "stream.tflite", "streams"), (models / "int8.tflite", "takes images")):
+def test_hop_where_there_is_none_to_choose_is_refused(sound_models: Path, models: Path, red: Path) -> None:
+    for bundle, source, complaint in (
+        (sound_models / "stream.tflite", "mic", "streams"),
+        (models / "int8.tflite", red, "takes images"),
+    ):
         with pytest.raises(EdgekitError, match=f"hop: .*got one that {complaint}.*leave it out"):
-            list(edgekit.stream(bundle, str(recording), hop_s=1))
+            list(edgekit.stream(bundle, source, hop_s=1))
 
 
 def test_short_file_is_one_window(sound_models: Path, tmp_path: Path) -> None:
@@ -154,9 +157,9 @@ def test_loop_begins_again_until_it_is_stopped(sound_models: Path, recording: Pa
 @pytest.mark.parametrize(
     ("spec", "complaint"),
     [
-        ("camera:0", "camera:0 is none of sound, which this bundle takes: expected mic"),
-        ("rtsp://ann:hunter2@cam/1", "rtsp://cam/1 is none of sound"),
-        (".", "is none of sound"),
+        ("camera:0", "stream main: source camera:0: expected sound, which its bundle takes, got images"),
+        ("rtsp://ann:hunter2@cam/1", "source rtsp://cam/1: expected sound"),
+        (".", "'.' is a folder: expected mic"),
         ("nowhere.wav", "does not exist"),
         ("text.mp3", "text.mp3 is not a sound file"),
         ("picture.png", "picture.png is not a sound file"),
@@ -178,7 +181,7 @@ def test_source_that_gives_no_sound_is_an_error(
 
 @pytest.mark.parametrize("spec", ["mic", "mic:USB", "recording.flac"])
 def test_sound_for_a_model_of_images_is_an_error(models: Path, spec: str) -> None:
-    with pytest.raises(SourceError, match=f"source {spec} is sound, and this bundle takes images"):
+    with pytest.raises(SourceError, match=f"source {spec}: expected images, which its bundle takes, got sound"):
         list(edgekit.stream(models / "int8.tflite", spec))
 
 

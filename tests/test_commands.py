@@ -430,6 +430,12 @@ def test_commands_over_mqtt_are_answered_with_their_correlation_data(asked: Any)
     assert caller.ask(b'{"command":"snapshot"}', b"6")["snapshot"]["size_wh"] == [64, 48]
 
 
+def test_settings_that_numpy_calculated_are_answered(asked: Any) -> None:
+    caller = asked(threshold={"red": np.float32(0.5)}, top_k=np.int64(2), max_fps=np.float64(40))
+    settings = caller.ask(b'{"command":"ping"}', b"1")["settings"]
+    assert settings == {"paused": False, "threshold": {"red": 0.5}, "top_k": 2, "max_fps": 40.0}
+
+
 def test_commands_that_are_turned_off_are_not_answered(asked: Any) -> None:
     with pytest.raises(queue.Empty):
         asked(commands=False).ask(b'{"command":"ping"}', b"1", timeout_s=1)

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+import edgekit
 from edgekit.broker import BrokerAddress
 from edgekit.devices.config import Config, ConfigError, StreamConfig, read_config
 from edgekit.devices.profiles import profile_names
@@ -219,6 +220,22 @@ def test_config_is_checked_without_a_file() -> None:
         assert str(caught.value).startswith(said)
     with pytest.raises(ConfigError, match=r"^stream main: top_k: expected a whole number, 1 or more, got 0; "):
         msgspec.structs.replace(Config(stream=(stream,)), stream=(msgspec.structs.replace(stream, top_k=0),))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"top_k": "3"}, "stream main: top_k: expected a whole number, 1 or more, got '3'"),
+        ({"smoothing": 2.5}, "stream main: smoothing: expected a whole number from 1 to 10000, got 2.5"),
+        ({"strict": "no"}, "stream main: strict: expected true or false, got 'no'"),
+        ({"threshold": {"red": "high"}}, "stream main: threshold: expected a score from 0 to 1, .*, got a table"),
+        ({"device_id": 3}, "device_id: expected a name of a-z, 0-9, _ and -, got 3"),
+        ({"hang_s": None}, "hang_s: expected seconds, 0.1 or more, got None"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(models: Path, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{said}; "):
+        edgekit.run(models / "int8.tflite", "camera:0", broker="none", **given)
 
 
 def test_page_shows_every_key_with_its_default(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -139,8 +139,20 @@ def test_configuration_that_cannot_be_read_is_told_among_the_rest(
 
 def test_spool_that_cannot_be_written(no_models: None, configured: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    path = configured('broker = "none"\nspool = "file/spool"', 'bundle = "int8.tflite"\nsource = "int8.tflite"')
-    assert edgekit.doctor(path).failing == ["spool"]
+    path = configured('broker = "none"\nspool = "file/spool"', 'bundle = "int8.tflite"\nsource = "camera:0"')
+    assert edgekit.doctor(path).failing == ["camera:0", "spool"]
+
+
+def test_source_that_the_bundle_cannot_take(configured: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "text.mp4").write_text("this is no video\n" * 100)
+    path = configured(
+        'broker = "none"\nspool = "none"',
+        'name = "door"\nbundle = "int8.tflite"\nsource = "text.mp4"',
+        'name = "hall"\nbundle = "int8.tflite"\nsource = "mic:nowhere"',
+    )
+    found = by_check(edgekit.doctor(path).findings)
+    assert "text.mp4 cannot be opened" in found["source of door"].detail
+    assert "expected images, which its bundle takes, got sound" in found["bundle of hall"].detail
 
 
 # -- runtimes and delegates --------------------------------------------------------------------------------------------

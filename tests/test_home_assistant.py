@@ -173,19 +173,19 @@ def test_templates_tell_every_event_but_not_those_that_are_sent_afterwards(label
     assert rendered(component, {**event, "replayed": True}) == ""
 
 
-def test_label_groups_are_read_from_the_command_line() -> None:
-    given = ["pets=cat,dog", "fish=tench, Tinca tinca", "pets=parrot"]
+def test_label_groups_have_labels_with_commas_in_them() -> None:
+    given = {"pets": ("cat,dog", "parrot"), "fish": ("tench, Tinca tinca",)}
     labels = ["cat", "dog", "parrot", "tench, Tinca tinca"]
     assert label_groups(given, labels) == {"pets": ("cat", "dog", "parrot"), "fish": ("tench, Tinca tinca",)}
 
 
 @pytest.mark.parametrize(
     ("given", "error"),
-    [("pets", "NAME=LABEL"), ("pets=", "a label of the model"), ("pets=cat,gog", "try dog"), ("Pets=cat", "a-z, 0-9")],
+    [("warm", "NAME=LABEL"), ("warm=", "a label of the model"), ("warm=red,gren", "try green"), ("W=red", "a-z, 0-9")],
 )
-def test_label_group_that_is_wrong_is_refused(given: str, error: str) -> None:
+def test_label_group_that_is_wrong_is_refused(models: Path, frames: Path, given: str, error: str) -> None:
     with pytest.raises(EdgekitError, match=error):
-        label_groups([given], ["cat", "dog"])
+        edgekit.run(models / "int8.tflite", frames, broker="none", label_groups=[given])
 
 
 def test_removal_takes_back_what_is_no_more() -> None:

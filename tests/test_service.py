@@ -53,6 +53,8 @@ def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("threshold = { zebra = 0.5 }", "stream main: threshold zebra=0.5: expected a label of the model"),
         ("hop_s = 1.0", "stream main: hop: expected a bundle that takes windows of sound"),
         ("ops = ['nowhere.so']", "nowhere.so is not there"),
+        ("[[stream]]\nname = 'b'\nbundle = 'int8.tflite'\nsource = 'nowhere.mp4'", "nowhere.mp4 is not there"),
+        ("[[stream]]\nname = 'b'\nbundle = 'int8.tflite'\nsource = 'edgekit.toml'", "edgekit.toml cannot be opened"),
         ("[label_groups]\nwild = ['zebra']", "label group wild: 'zebra': expected a label of the model"),
     ],
 )

@@ -77,7 +77,7 @@ def test_loop_starts_again_until_it_is_stopped(kind: str, request: pytest.Fixtur
         ("camera:99999999999999999999", "expected camera:N"),
         ("camera:csi:x", "expected camera:N"),
         ("/dev/video77", "there is no /dev/video77"),
-        ("mic:0", "is sound"),
+        ("mic:0", "does not exist: expected camera:N"),
         ("", "does not exist"),
         ("nowhere.mp4", "does not exist"),
         ("rtsp://ann:hunter2@127.0.0.1:1/x", "cannot be opened"),

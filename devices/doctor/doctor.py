@@ -18,14 +18,14 @@ from urllib.parse import urlsplit
 import msgspec
 
 import edgekit
-from edgekit.audio import is_sound
 from edgekit.broker import BrokerAddress, parse_broker
 from edgekit.devices.config import Config, StreamConfig, read_config
 from edgekit.devices.doctor import machine, probe
 from edgekit.devices.doctor.finding import Finding, failed, from_error, missing, ok
 from edgekit.devices.profiles import Profile, detect, load_profile
 from edgekit.devices.publish.spool import MAX_BYTES, spool_folder
-from edgekit.devices.sources.frames import public_name
+from edgekit.devices.sources.frames import is_file, public_name
+from edgekit.devices.stream import read_bundle, try_source
 from edgekit.errors import BrokerError, EdgekitError
 from edgekit.mqtt import Connection, unique_client_id
 
@@ -139,20 +139,30 @@ def _python() -> Finding:
 
 def _source(stream: StreamConfig) -> Iterator[Finding]:
     """Of what is neither a camera nor a microphone, which are listed by themselves."""
-    check, source = f"source of {stream.name}", stream.source
-    if source.startswith(("camera:", "/dev/", "mic:")) or source == "mic":
+    check, source, name = f"source of {stream.name}", stream.source, public_name(stream.source)
+    if "://" in source:
+        yield _answers(check, source, name)
+    elif not is_file(source):
         return
-    name = public_name(source)
-    if "://" not in source:
-        path = Path(source)
-        if not path.exists():
-            yield missing(check, f"there is no {name}", "check the path", needed=True)
-        elif not os.access(path, os.R_OK):
-            yield failed(check, f"{name} may not be read", "chmod or move it", needed=True)
-        else:
-            yield ok(check, f"{name}, {'sound' if is_sound(source) else 'images'}", needed=True)
-        return
-    yield _answers(check, source, name)
+    elif not Path(source).exists():
+        yield missing(check, f"there is no {name}", "check the path", needed=True)
+    elif not os.access(source, os.R_OK):
+        yield failed(check, f"{name} may not be read", "chmod or move it", needed=True)
+    else:
+        yield _opens(check, stream, name)
+
+
+def _opens(check: str, stream: StreamConfig, name: str) -> Finding:
+    """Whether a file is what the bundle takes."""
+    try:
+        bundle = read_bundle(stream)
+    except EdgekitError:  # which is told of the bundle
+        return ok(check, f"{name} can be read", needed=True)
+    try:
+        try_source(stream, bundle)
+    except EdgekitError as error:
+        return from_error(check, error, needed=True)
+    return ok(check, f"{name} opens", needed=True)
 
 
 def _answers(check: str, url: str, name: str) -> Finding:

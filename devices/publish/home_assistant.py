@@ -10,13 +10,13 @@ import json
 import logging
 import math
 import random
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from edgekit.errors import EdgekitError
-from edgekit.messages import OFFLINE, ONLINE, PREFIX, InfoMessage, check_name, encode, topic
+from edgekit.messages import OFFLINE, ONLINE, PREFIX, InfoMessage, encode, topic
 
 logger = logging.getLogger(__name__)
 
@@ -37,27 +37,24 @@ _MANUFACTURER = "EdgeKit"
 Config = dict[str, Any]
 
 
-def label_groups(given: Iterable[str], labels: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """``NAME=LABEL,LABEL`` as on the command line -> labels by the group's name. A label with a comma in it is given
-    alone; a name given again adds to the group.
+def label_groups(given: Mapping[str, Iterable[str]], labels: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Labels by the group's name, of groups whose members are a label or several with commas between them: one with a
+    comma in it is told from several by what ``labels`` there are.
 
     Raises:
-        EdgekitError: one is not of that form, or a label is none of ``labels``.
+        EdgekitError: one is none of ``labels``.
     """
+    known = tuple(dict.fromkeys(labels))  # of several streams
     groups: dict[str, tuple[str, ...]] = {}
-    labels = tuple(dict.fromkeys(labels))  # of several streams
-    for text in given:
-        name, equals, members = text.partition("=")
-        if not equals:
-            raise EdgekitError(f"label group {text!r}", expected="NAME=LABEL,LABEL", mend="give a name and its labels")
-        named = [members] if members in labels else members.split(",")
-        for label in named:
-            if label not in labels:
-                close = difflib.get_close_matches(label, labels) or labels[:5]
+    for name, texts in given.items():
+        members = [label for text in texts for label in ([text] if text in known else text.split(","))]
+        for label in members:
+            if label not in known:
+                close = difflib.get_close_matches(label, known) or known[:5]
                 raise EdgekitError(
                     f"label group {name}: {label!r}", expected="a label of the model", mend=f"try {' or '.join(close)}"
                 )
-        groups[check_name(name, "label group")] = (*groups.get(name, ()), *named)
+        groups[name] = tuple(members)
     return groups
 
 

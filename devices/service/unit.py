@@ -9,14 +9,12 @@ import sys
 from pathlib import Path
 
 import edgekit
-from edgekit.audio import is_sound
 from edgekit.devices.config import Config, read_config
 from edgekit.devices.publish.home_assistant import label_groups
-from edgekit.devices.sources.frames import public_name
-from edgekit.devices.stream import read_bundle
+from edgekit.devices.sources.frames import is_file
+from edgekit.devices.stream import read_bundle, try_source
 from edgekit.devices.toml_file import TomlFile
 from edgekit.errors import EdgekitError
-from edgekit.manifest import AudioInput
 
 logger = logging.getLogger(__name__)
 
@@ -86,24 +84,15 @@ def unit_text(
 def check(path: Path) -> Config:
     """The configuration, if all it names can be read by this process."""
     config = read_config(path)
-    labels: list[str] = []
-    for stream in config.stream:
-        bundle = read_bundle(stream)
-        labels += bundle.labels
-        gives, takes = is_sound(stream.source), isinstance(bundle.input, AudioInput)
-        if gives != takes:
-            kinds = ["images", "sound"]
-            raise EdgekitError(
-                f"stream {stream.name}: source {public_name(stream.source)}",
-                expected=f"{kinds[takes]}, which its bundle takes",
-                got=kinds[gives],
-                mend="give another",
-            )
-    label_groups([f"{name}={label}" for name, group in config.label_groups.items() for label in group], labels)
+    bundles = [read_bundle(stream) for stream in config.stream]
+    label_groups(config.label_groups, [label for bundle in bundles for label in bundle.labels])
     for used in files_of(path, config):
         if not os.access(used, os.R_OK):
             there = "" if os.access(used, os.F_OK) else "is not there, or "
             raise EdgekitError(f"{used} {there}may not be read", mend="check the path, chmod or move it")
+    for stream, bundle in zip(config.stream, bundles, strict=True):
+        if is_file(stream.source):
+            try_source(stream, bundle)
     if not isinstance(config.broker, str):
         config.broker.tls_context()
     return config
@@ -115,7 +104,7 @@ def files_of(path: Path, config: Config) -> list[Path]:
     paths += [str(Path(__file__).parents[1]), str(path)]
     for stream in config.stream:
         paths += [stream.bundle, stream.labels, *stream.ops]
-        if "://" not in stream.source and Path(stream.source).exists():
+        if is_file(stream.source):
             paths.append(stream.source)
     if not isinstance(config.broker, str):
         paths += [config.broker.cafile, config.broker.certfile, config.broker.keyfile]

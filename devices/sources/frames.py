@@ -122,6 +122,11 @@ def retry_waits_s() -> Iterator[float]:
         wait_s = min(2 * wait_s, MAX_RETRY_S)
 
 
+def is_file(spec: str) -> bool:
+    """Whether a source of this name is a file or a folder, and no camera, microphone or URL."""
+    return not re.match(r"(camera|mic)(:|$)|/dev/|\w+://|$", spec)
+
+
 def public_name(spec: str) -> str:
     """``spec`` as UTF-8 text, without the user, the password and the query that a URL may hold."""
     name = printable(spec)

@@ -15,7 +15,6 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.audio import is_sound
 from edgekit.devices.sources import frames
 from edgekit.devices.sources.buffers import Buffers
 from edgekit.devices.sources.cameras import Hints, camera_opener
@@ -211,12 +210,6 @@ def open_source(
 
 
 def _open_files(spec: str, path: Path, loop: bool, stop: threading.Event) -> Source:
-    if is_sound(spec):
-        raise SourceError(
-            f"source {spec} is sound, and this bundle takes images",
-            expected=USAGE,
-            mend="give a bundle for audio tagging",
-        )
     if spec and path.is_dir():
         paths = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
         if not paths:

@@ -261,17 +261,14 @@ def open_audio_source(
         return MicrophoneSource(spec, stop, name, input, patient, preferred)
     path = Path(spec)
     try:
-        is_folder, is_file = bool(spec) and path.is_dir(), bool(spec) and path.is_file()
+        is_folder, is_file = path.is_dir(), path.is_file()
     except OSError as error:
         raise SourceError(
             f"source {public_name(spec)}: {error.strerror}", mend="check the path, and who may read it"
         ) from error
-    if kind == "camera" or "://" in spec or is_folder:
-        raise SourceError(
-            f"source {public_name(spec)} is none of sound, which this bundle takes", expected=USAGE, mend="give another"
-        )
     if not is_file:
-        raise SourceError(f"source {public_name(spec)!r} does not exist", expected=USAGE, mend="check the path")
+        what = "is a folder" if spec and is_folder else "does not exist"
+        raise SourceError(f"source {public_name(spec)!r} {what}", expected=USAGE, mend="check the path")
     return AudioFileSource(spec, stop, path, input, loop)
 
 
