@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -356,11 +357,19 @@ def test_operator_in_a_file_that_crashes_is_loaded_anew(op_models: Path, colour:
 # -- the end of its process --------------------------------------------------------------------------------------------
 
 
+def lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def test_process_ends_with_the_model(models: Path, stand_in: StandIn, colour: Any) -> None:
     with edgekit.load(models / "float32.tflite", delegate=str(stand_in.path)) as model:
         process, tensor = worker(model), model.preprocess(colour("red"))
-        assert Path(f"/proc/{process}").exists()
-    assert not Path(f"/proc/{process}").exists()
+        assert lives(process)
+    assert not lives(process)
     with pytest.raises(BundleError, match="was closed"):
         model.invoke(tensor)
 
@@ -381,24 +390,39 @@ def test_model_is_closed_while_its_delegate_hangs(models: Path, stand_in: StandI
         thread.start()
         until(lambda: model._chain.active.backend._busy.locked())
     thread.join(20)
-    assert "was closed" in str(raised[0]) and not Path(f"/proc/{process}").exists()
+    assert "was closed" in str(raised[0]) and not lives(process)
 
 
-def test_process_ends_with_one_that_is_killed(models: Path, stand_in: StandIn, until: Any) -> None:
-    code = (
-        "import sys, edgekit\nmodel = edgekit.load(sys.argv[1], delegate=sys.argv[2])\n"
-        "print(model._chain.active.backend._worker.pid, flush=True)\nsys.stdin.read()"
+@pytest.mark.parametrize("behaviour", ["", "create hang", "prepare hang", "invoke hang 2"])
+def test_process_ends_with_one_that_is_killed(
+    models: Path, stand_in: StandIn, until: Any, tmp_path: Path, behaviour: str
+) -> None:
+    """Whatever it does: one that hangs would keep an Edge TPU from who comes next."""
+    stand_in.behave(behaviour)
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import subprocess, sys, edgekit, numpy as np\n"
+        "class Told(subprocess.Popen):\n"
+        "    def __init__(self, *arguments, **options):\n"
+        "        super().__init__(*arguments, **options)\n"
+        "        print(self.pid, flush=True)\n"
+        "subprocess.Popen = Told\n"
+        "model = edgekit.load(sys.argv[1], delegate=sys.argv[2])\n"
+        "print('loaded', flush=True)\n"
+        "while True: model.invoke(model.preprocess(np.zeros((8, 8, 3), np.uint8)))\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code, models / "float32.tflite", stand_in.path],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, script, models / "float32.tflite", stand_in.path], stdout=subprocess.PIPE, text=True
     ) as running:
         assert running.stdout
         process = int(running.stdout.readline())
+        until(stand_in.path.with_name("stand_in.so.created").exists)
+        if not behaviour.startswith(("create", "prepare")):
+            assert running.stdout.readline() == "loaded\n"
+        time.sleep(0.2)
+        assert lives(process)
         running.kill()
-    until(lambda: not Path(f"/proc/{process}").exists())
+    until(lambda: not lives(process))
 
 
 # -- Coral -------------------------------------------------------------------------------------------------------------

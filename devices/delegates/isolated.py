@@ -71,8 +71,6 @@ class Isolated:
                 "runtime": runtime,
                 "threads": threads,
                 "ops": [os.fspath(path) for path in ops],
-                "load_s": LOAD_TIMEOUT_S,
-                "hang_s": hang_s,
             }
             self._worker = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("worker.py")), json.dumps(task)],

@@ -17,12 +17,14 @@ if __name__ == "__main__":
     sys.path[:] = json.loads(sys.argv[1])["python_path"]  # so that imports are those of the other side
 
 import dataclasses
+import fcntl
 import math
 import mmap
 import os
 import signal
 import socket
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,6 @@ from edgekit.devices.delegates.backend import Accelerated, Backend, Interpreted,
 
 INVOKE, RESET = b"i", b"r"
 DONE, FAILED = b".", b"!"
-# The other side ends what hangs. If it ended itself meanwhile, this does: the kernel, as a hang may hold Python's lock.
-_GRACE_S = 10.0
 
 
 def layout(input: TensorType, output: TensorType) -> tuple[int, int]:
@@ -74,12 +74,26 @@ def _told(error: BaseException) -> str:
     return f"the kernel of the custom operator {operator} raised {type(error).__name__}: {text}" if operator else text
 
 
+def _tie(channel: socket.socket) -> None:
+    """Until :func:`_untie` this process ends with the other side, at once and whatever it does: by SIGIO, which comes
+    from the kernel, as a call that hangs may hold Python's lock. A command would end it too, and none is due."""
+    fcntl.fcntl(channel, fcntl.F_SETFL, os.O_ASYNC)
+    with suppress(BlockingIOError):
+        if not channel.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):  # it has ended already
+            os._exit(0)
+
+
+def _untie(channel: socket.socket) -> None:
+    fcntl.fcntl(channel, fcntl.F_SETFL, 0)
+
+
 def main(task: dict[str, Any]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # it ends with the other side, which may have frames to finish
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, task["load_s"] + _GRACE_S)
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
     channel = socket.socket(fileno=os.dup(0))
+    fcntl.fcntl(channel, fcntl.F_SETOWN, os.getpid())
+    _tie(channel)
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
     os.dup2(2, 1)  # what drivers print on standard output belongs with the other messages
@@ -95,15 +109,15 @@ def main(task: dict[str, Any]) -> None:
         traceback.print_exc()
         channel.sendall(json.dumps({"error": _told(error)}).encode() + b"\n")
         return
+    _untie(channel)
     found = {name: getattr(backend, name) for name in ("runtime", "operators", "operators_delegated")}
     tensors = {"input": dataclasses.astuple(backend.input), "output": dataclasses.astuple(backend.output)}
     channel.sendall(json.dumps(found | tensors).encode() + b"\n")
     # What drivers print from now on, maybe for months, is kept by no one.
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    signal.setitimer(signal.ITIMER_REAL, 0)
     while command := channel.recv(1):
-        signal.setitimer(signal.ITIMER_REAL, task["hang_s"] + _GRACE_S)
+        _tie(channel)
         try:
             if command == INVOKE:
                 made[...] = backend.invoke(given)
@@ -112,7 +126,7 @@ def main(task: dict[str, Any]) -> None:
         except Exception as error:
             channel.sendall(FAILED + _told(error).encode())
             return
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _untie(channel)
         channel.sendall(DONE)
 
 
