@@ -57,7 +57,9 @@ class Isolated:
             os.fdopen(os.memfd_create(f"edgekit-{name}"), "w+b", buffering=0) for name in ("tensors", "model", "log")
         )
         self._channel, theirs = socket.socketpair()
-        with model, theirs:
+        life, ours = os.pipe()
+        self._life = os.fdopen(ours, "wb", buffering=0)
+        with model, theirs, os.fdopen(life):
             model.write(plan.file.content)
             model.seek(0)
             task = {
@@ -68,6 +70,7 @@ class Isolated:
                 "path": os.fspath(plan.file.path),
                 "model": model.fileno(),
                 "memory": self._memory.fileno(),
+                "life": life,
                 "runtime": runtime,
                 "threads": threads,
                 "ops": [os.fspath(path) for path in ops],
@@ -77,7 +80,7 @@ class Isolated:
                 stdin=theirs.fileno(),
                 stdout=self._log,
                 stderr=self._log,
-                pass_fds=(model.fileno(), self._memory.fileno()),
+                pass_fds=(model.fileno(), self._memory.fileno(), life),
                 start_new_session=True,  # Ctrl-C is for this side
             )
         self._unread = bytearray()
@@ -180,5 +183,5 @@ class Isolated:
         with contextlib.suppress(subprocess.TimeoutExpired):  # in a driver, where no signal reaches it
             self._worker.wait(_END_TIMEOUT_S)
         with self._busy:
-            for file in (self._channel, self._memory, self._log):
+            for file in (self._channel, self._memory, self._log, self._life):
                 file.close()

@@ -21,10 +21,10 @@ import fcntl
 import math
 import mmap
 import os
+import select
 import signal
 import socket
 import traceback
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,26 +74,23 @@ def _told(error: BaseException) -> str:
     return f"the kernel of the custom operator {operator} raised {type(error).__name__}: {text}" if operator else text
 
 
-def _tie(channel: socket.socket) -> None:
-    """Until :func:`_untie` this process ends with the other side, at once and whatever it does: by SIGIO, which comes
-    from the kernel, as a call that hangs may hold Python's lock. A command would end it too, and none is due."""
-    fcntl.fcntl(channel, fcntl.F_SETFL, os.O_ASYNC)
-    with suppress(BlockingIOError):
-        if not channel.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):  # it has ended already
-            os._exit(0)
-
-
-def _untie(channel: socket.socket) -> None:
-    fcntl.fcntl(channel, fcntl.F_SETFL, 0)
+def _end_with(life: int) -> None:
+    """From now on this process ends with the other side, at once and whatever it does: nothing is ever written to this
+    pipe, so that SIGIO tells of its end. It comes from the kernel, as a call that hangs may hold Python's lock."""
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(life, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(life, fcntl.F_SETFL, os.O_ASYNC)
+    ended = select.poll()
+    ended.register(life)
+    if ended.poll(0):  # already
+        os._exit(0)
 
 
 def main(task: dict[str, Any]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # it ends with the other side, which may have frames to finish
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    _end_with(task["life"])
     channel = socket.socket(fileno=os.dup(0))
-    fcntl.fcntl(channel, fcntl.F_SETOWN, os.getpid())
-    _tie(channel)
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
     os.dup2(2, 1)  # what drivers print on standard output belongs with the other messages
@@ -109,7 +106,6 @@ def main(task: dict[str, Any]) -> None:
         traceback.print_exc()
         channel.sendall(json.dumps({"error": _told(error)}).encode() + b"\n")
         return
-    _untie(channel)
     found = {name: getattr(backend, name) for name in ("runtime", "operators", "operators_delegated")}
     tensors = {"input": dataclasses.astuple(backend.input), "output": dataclasses.astuple(backend.output)}
     channel.sendall(json.dumps(found | tensors).encode() + b"\n")
@@ -117,7 +113,6 @@ def main(task: dict[str, Any]) -> None:
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     while command := channel.recv(1):
-        _tie(channel)
         try:
             if command == INVOKE:
                 made[...] = backend.invoke(given)
@@ -126,7 +121,6 @@ def main(task: dict[str, Any]) -> None:
         except Exception as error:
             channel.sendall(FAILED + _told(error).encode())
             return
-        _untie(channel)
         channel.sendall(DONE)
 
 
