@@ -45,7 +45,7 @@ def stream(
 ) -> Iterator[PredictionMessage]:
     """The predictions of ``bundle`` on ``source``, one by one, published nowhere. Otherwise as :func:`run`."""
     of_stream = _stream_config(
-        bundle, source, stream, labels, threshold, ops, delegate, strict=strict, threads=threads, top_k=top_k,
+        bundle, source, stream, labels, ops, delegate, strict=strict, threads=threads, threshold=threshold, top_k=top_k,
         max_fps=max_fps, hop_s=hop_s, loop=loop, drop=drop,
     )  # fmt: skip
     config = Config(stream=(of_stream,), device_id=device_id, broker="none")
@@ -147,7 +147,7 @@ def run(
     else:
         read = None
         of_stream = _stream_config(
-            bundle, source, stream, labels, threshold, ops, delegate, strict=strict, threads=threads,
+            bundle, source, stream, labels, ops, delegate, strict=strict, threads=threads, threshold=threshold,
             top_k=top_k, max_fps=max_fps, hop_s=hop_s, loop=loop, drop=drop, smoothing=smoothing, hysteresis=hysteresis,
         )  # fmt: skip
         wanted = Config(
@@ -214,7 +214,6 @@ def _stream_config(
     source: str | os.PathLike[str],
     name: str,
     labels: str | os.PathLike[str] | None,
-    threshold: Threshold,
     ops: Ops,
     delegate: str | os.PathLike[str],
     **others: Any,
@@ -224,15 +223,14 @@ def _stream_config(
         source=os.fspath(source),
         name=name,
         labels=None if labels is None else os.fspath(labels),
-        threshold={label: _plain(score) for label, score in threshold.items()}
-        if isinstance(threshold, Mapping)
-        else _plain(threshold),
         ops=() if isinstance(ops, CustomOpResolver) else tuple(os.fspath(path) for path in paths_of(ops)),
         delegate=os.fspath(delegate),
-        **{name: _plain(value) for name, value in others.items()},
+        **_plain(others),
     )
 
 
 def _plain(value: Any) -> Any:
     """NumPy's numbers, as a threshold that was calculated is one, as Python's: no message can hold them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
     return value.item() if isinstance(value, np.generic) else value

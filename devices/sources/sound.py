@@ -261,14 +261,13 @@ def open_audio_source(
         return MicrophoneSource(spec, stop, name, input, patient, preferred)
     path = Path(spec)
     try:
-        is_folder, is_file = path.is_dir(), path.is_file()
+        wrong = "" if path.is_file() else "is a folder" if spec and path.is_dir() else "does not exist"
     except OSError as error:
         raise SourceError(
             f"source {public_name(spec)}: {error.strerror}", mend="check the path, and who may read it"
         ) from error
-    if not is_file:
-        what = "is a folder" if spec and is_folder else "does not exist"
-        raise SourceError(f"source {public_name(spec)!r} {what}", expected=USAGE, mend="check the path")
+    if wrong:
+        raise SourceError(f"source {public_name(spec)!r} {wrong}", expected=USAGE, mend="check the path")
     return AudioFileSource(spec, stop, path, input, loop)
 
 
