@@ -45,7 +45,7 @@ def _float16(converter: Any, _: Any) -> bytes:
 
 
 def _int8_weights(converter: Any, _: Any) -> bytes:
-    from ai_edge_quantizer import quantizer, recipe
+    from litert_quantizer import quantizer, recipe
 
     quantized = quantizer.Quantizer(bytes(converter.convert()), recipe.weight_only_wi8_afp32()).quantize()
     return bytes(quantized.quantized_model)

@@ -26,9 +26,8 @@ def load(content: bytes) -> Any:
     """The flatbuffer as a tree of objects (``ModelT``)."""
     model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
     for buffer in model.buffers:
-        if (
-            buffer.offset > 1
-        ):  # ai-edge-quantizer keeps the weights behind the flatbuffer, where packing would lose them
+        # litert-quantizer keeps the weights behind the flatbuffer, where packing would lose them.
+        if buffer.offset > 1:
             buffer.data = np.frombuffer(content, np.uint8, buffer.size, buffer.offset)
             buffer.offset = buffer.size = 0
     return model

@@ -24,7 +24,7 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class BundleRef(msgspec.Struct, frozen=True):
-    """Which model it was; ``version`` is empty for a model without a manifest."""
+    """The model that made the prediction. ``version`` is empty for a model without an EdgeKit manifest."""
 
     name: str
     version: str
@@ -32,7 +32,7 @@ class BundleRef(msgspec.Struct, frozen=True):
 
 
 class Latency(msgspec.Struct, frozen=True):
-    """Milliseconds: of the two costly stages, and from the frame to the finished prediction."""
+    """Latency in milliseconds: preprocessing, inference, and the total from frame to finished prediction."""
 
     preprocess: float
     inference: float
@@ -40,24 +40,22 @@ class Latency(msgspec.Struct, frozen=True):
 
 
 class Window(msgspec.Struct, frozen=True):
-    """The stretch of sound a prediction is about."""
+    """The span of audio that a prediction covers."""
 
     start: Timestamp
     end: Timestamp
 
 
 class FileInput(msgspec.Struct, frozen=True):
-    """Where in a file source a frame comes from, counted from 0."""
+    """The file that a frame was read from and the frame's index in it, starting at 0."""
 
     file: str
     frame: Count
 
 
 class PredictionMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Payload of ``<base>/<stream>/prediction``. ``seq`` starts at 1 for each ``boot_id`` and stream, without holes.
-
-    ``clock_step_s``: the system's clock was set since the prediction before, by so many seconds.
-    """
+    """Payload of ``<base>/<stream>/prediction``. ``seq`` starts at 1 for each ``boot_id`` and stream and has no gaps.
+    ``clock_step_s`` is present if the system clock was set since the previous prediction: the step in seconds."""
 
     schema: Literal["edgekit.prediction/1"]
     id: str
@@ -77,7 +75,8 @@ class PredictionMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
 
 
 class StateMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """Payload of ``<base>/<stream>/state``: the highest class now; null where none reaches the threshold."""
+    """Payload of ``<base>/<stream>/state``: the top class now; null if none reaches its
+    threshold."""
 
     schema: Literal["edgekit.state/1"]
     captured_at: Timestamp
@@ -87,7 +86,8 @@ class StateMessage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EventMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """Payload of ``<base>/<stream>/event``: a label begins to be held, or ends, with the same ``event_id``."""
+    """Payload of ``<base>/<stream>/event``: a label became active (``begin``) or inactive (``end``).
+    Both events carry the same ``event_id``."""
 
     schema: Literal["edgekit.event/1"]
     event_id: str
@@ -103,13 +103,15 @@ class EventMessage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Versions(msgspec.Struct, frozen=True):
+    """Versions of EdgeKit, Python and the TFLite runtime."""
+
     edgekit: str
     python: str
     runtime: str
 
 
 class StreamInfo(msgspec.Struct, frozen=True):
-    """``delegate`` is the one in use, ``requested_delegate`` what was asked for."""
+    """One stream: ``delegate`` is the active delegate, ``requested_delegate`` the configured one."""
 
     bundle: BundleRef
     delegate: str
@@ -118,7 +120,7 @@ class StreamInfo(msgspec.Struct, frozen=True):
 
 
 class InfoMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """Payload of ``<base>/info``."""
+    """Payload of ``<base>/info``: versions of the software, and the bundle, source and delegate of each stream."""
 
     schema: Literal["edgekit.info/1"]
     device: Name
@@ -129,7 +131,7 @@ class InfoMessage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Percentiles(msgspec.Struct, frozen=True):
-    """Milliseconds, of the newest predictions; null before the first one."""
+    """Latency percentiles in milliseconds over recent predictions; null before the first one."""
 
     p50: float | None
     p95: float | None
@@ -137,8 +139,8 @@ class Percentiles(msgspec.Struct, frozen=True):
 
 
 class SpoolHealth(msgspec.Struct, frozen=True):
-    """What waits to be sent, the age of the oldest in seconds (null: nothing waits), and how many predictions and
-    events of this boot were given up, by cause."""
+    """Messages waiting to be sent: their number, their size, and the age of the oldest in seconds (null if none waits).
+    ``shed`` counts the predictions and events discarded since this boot, by cause."""
 
     messages: Count
     bytes: Count
@@ -147,7 +149,7 @@ class SpoolHealth(msgspec.Struct, frozen=True):
 
 
 class DelegateHealth(msgspec.Struct, frozen=True):
-    """What was asked for and what is in use; of the model's operators, how many it took. Null: not known."""
+    """The requested and the active delegate, and how many of the model's operators it runs (null if unknown)."""
 
     requested: str
     active: str
@@ -156,9 +158,9 @@ class DelegateHealth(msgspec.Struct, frozen=True):
 
 
 class StreamHealth(msgspec.Struct, frozen=True, kw_only=True):
-    """How one stream fares. Always ``captured = inferred + dropped + failed + in_flight``; ``dropped`` and ``failures``
-    are by cause. ``lost``: its source gives nothing now; ``gaps``: how often it did not. ``clock_steps``: how often the
-    system's clock was set. ``stages_ms`` tells ``latency_ms`` by stage."""
+    """Health of one stream. ``captured = inferred + dropped + failed + in_flight`` always holds. ``dropped`` and
+    ``failures`` count by cause. ``lost`` is true while the source delivers nothing, and ``gaps`` counts such outages.
+    ``clock_steps`` counts changes of the system clock. ``stages_ms`` breaks ``latency_ms`` down by stage."""
 
     captured: Count
     inferred: Count
@@ -176,9 +178,9 @@ class StreamHealth(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HealthMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """Payload of ``<base>/health``. Counts are of this boot and of all streams, also of those that another
-    configuration has ended, and always ``captured = inferred + dropped + failed + in_flight``; ``dropped`` is by cause;
-    ``streams`` tells of each that there is. Null: the device does not tell."""
+    """Payload of ``<base>/health``. Counts cover this boot and all streams, including streams that a configuration
+    change has removed. ``captured = inferred + dropped + failed + in_flight`` always holds. ``dropped`` counts by
+    cause. ``streams`` holds the streams that are configured now. A null value is not available on the device."""
 
     schema: Literal["edgekit.health/1"]
     captured: Count
@@ -197,26 +199,26 @@ class HealthMessage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Command(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="command"):
-    """``stream``: for this one alone; without it for all streams of the device."""
+    """A command for ``stream``, or without it for all streams of the device."""
 
     stream: Name | None = None
 
 
 class Ping(_Command, frozen=True, tag="ping"):
-    """Asks for an answer."""
+    """Checks that the device responds."""
 
 
 class Pause(_Command, frozen=True, tag="pause"):
-    """Stops predicting: a live source goes on and is not looked at, a file waits."""
+    """Pauses predictions: frames of a live source are skipped, a file source waits."""
 
 
 class Resume(_Command, frozen=True, tag="resume"):
-    """Goes on predicting."""
+    """Resumes predictions."""
 
 
 class Set(_Command, frozen=True, kw_only=True, tag="set"):
-    """Changes what is given; ``threshold`` is a score for all labels, or by label, ``"*"`` for all others.
-    ``max_fps`` null: as many frames as can be."""
+    """Changes the settings that are given. ``threshold`` is one score for all labels, or an object of label to score
+    with ``"*"`` for all other labels. ``max_fps`` null removes the limit."""
 
     threshold: float | dict[Annotated[str, msgspec.Meta(max_length=200)], float] | msgspec.UnsetType = msgspec.UNSET
     top_k: int | msgspec.UnsetType = msgspec.UNSET
@@ -224,7 +226,7 @@ class Set(_Command, frozen=True, kw_only=True, tag="set"):
 
 
 class Snapshot(_Command, frozen=True, tag="snapshot"):
-    """Asks for the newest frame."""
+    """Requests the newest frame as an image."""
 
 
 # Payload of ``<base>/command``.
@@ -232,7 +234,7 @@ CommandMessage = Ping | Pause | Resume | Set | Snapshot
 
 
 class StreamSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """As a stream runs now."""
+    """The active settings of a stream."""
 
     paused: bool
     threshold: float | dict[str, float]
@@ -241,7 +243,8 @@ class StreamSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SnapshotImage(msgspec.Struct, frozen=True, kw_only=True):
-    """The newest frame, and the newest prediction, which may be about an earlier one; null before the first."""
+    """The newest frame and the newest prediction. The prediction may belong to an earlier frame; it is null before the
+    first one."""
 
     content_type: Literal["image/jpeg"]
     size_wh: tuple[int, int]
@@ -251,7 +254,7 @@ class SnapshotImage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ResponseMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Answer to a command. ``command`` is null where it could not be told; ``error`` says why nothing was changed."""
+    """Response to a command. ``command`` is null if it could not be recognized; ``error`` says why nothing changed."""
 
     schema: Literal["edgekit.response/1"]
     device: Name
@@ -280,9 +283,26 @@ encode = msgspec.json.Encoder().encode
 
 
 def json_schema(payload: str) -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of the payload with this name in ``PAYLOADS``."""
+    """The JSON Schema (draft 2020-12) of the payload with this name in ``PAYLOADS``.
+
+    The descriptions are the docstrings of this module, as running text: how a docstring is indented depends on the
+    Python version and on msgspec's.
+    """
     schema = msgspec.json.schema(PAYLOADS[payload])
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_with_plain_descriptions(schema)}
+
+
+def _with_plain_descriptions(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_with_plain_descriptions(item) for item in node]
+    if isinstance(node, dict):
+        return {
+            key: " ".join(value.split())
+            if key == "description" and isinstance(value, str)
+            else _with_plain_descriptions(value)
+            for key, value in node.items()
+        }
+    return node
 
 
 def check_name(name: str, what: str) -> str:

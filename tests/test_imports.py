@@ -50,7 +50,7 @@ def test_help_loads_nothing_heavy(tmp_path: Path) -> None:
 )
 def test_devices_import_without_tensorflow(module: str, tmp_path: Path) -> None:
     loaded = loaded_after(f"import edgekit.devices.{module}", tmp_path)
-    assert not loaded & {"tensorflow", "keras", "h5py", "ai_edge_quantizer"}
+    assert not loaded & {"tensorflow", "keras", "h5py", "litert_quantizer"}
     assert "numpy" in loaded or "paho" in loaded
 
 

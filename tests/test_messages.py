@@ -36,6 +36,13 @@ def test_shipped_schema_is_that_of_the_payload(payload: str) -> None:
     assert shipped == json_schema(payload)
 
 
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_schema_describes_every_object_in_running_text(payload: str) -> None:
+    for name, definition in json_schema(payload)["$defs"].items():
+        description = definition["description"]
+        assert description == " ".join(description.split()), name
+
+
 def test_prediction_of_the_contract_is_decoded_and_encoded_again() -> None:
     message = msgspec.convert(PREDICTION, PredictionMessage)
     assert json.loads(msgspec.json.encode(message)) == PREDICTION
