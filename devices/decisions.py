@@ -121,6 +121,5 @@ class Decisions:
         return set(np.flatnonzero(there & (limits > 0)).tolist())
 
     def _end_below(self, limit: float) -> float:
-        # a threshold within the hysteresis would never be left
-        left = limit - self.hysteresis
-        return left if left > 1e-6 else limit / 2
+        # At least half the threshold: a threshold near the hysteresis would never be left.
+        return max(limit - self.hysteresis, limit / 2)

@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 # The system's clock was set where it moved by so much more than the monotonic one: more than NTP slews in a second.
 CLOCK_STEP_S, _SLEW = 0.5, 1e-3
-# Failures of a live source are told so often at most.
-_TELL_S = 10.0
+# At most one line every 60 s names a failure of a live source; of a file source, after this many files that are named.
+_TELL_S, _FAILED_FILES = 60.0, 20
 # A change or the end of a pause is noticed within so long.
 _NOTICE_S = 0.05
 # Of the settings, those that a command may change on the way.
@@ -66,6 +66,7 @@ class Pipeline:
         self._clock = math.nan, 0.0  # how far the system's clock is ahead, and when that was
         self._clock_step_s = 0.0  # what no prediction has told yet
         self.recent = Recent()
+        self._failed_lines = 0
         self._told_s, self._untold = -math.inf, 0  # when a failure was told, and how many were not
         self._take(model)
 
@@ -343,7 +344,10 @@ class Pipeline:
     def _fail(self, frame: Frame, cause: str, reason: str) -> None:
         if frame.complete:
             self._count_failure(cause)
-        if self.source.live and frame.captured_s - self._told_s < _TELL_S:  # a log is not to fill the disk
+        self._failed_lines += 1
+        # Each file is named, but a folder that is looped, or a camera, is not to fill the disk with its log.
+        is_limited = self.source.live or self._failed_lines > _FAILED_FILES
+        if is_limited and frame.captured_s - self._told_s < _TELL_S:
             self._untold += 1
             return
         more = f" (and {self._untold} before it)" if self._untold else ""

@@ -58,6 +58,12 @@ class Bundle:
     output: Output
 
 
+# Larger files are refused before they are read. A labels file of 20,000 classes has 0.5 MB.
+MAX_BYTES = 512 << 20
+MAX_PACKED_BYTES = 16 << 20
+_IDENTIFIED_BYTES = 8  # an offset of four bytes, then TFL3
+
+
 def read_file(path: str | os.PathLike[str]) -> File:
     """Reads and checks any ``.tflite`` file.
 
@@ -68,7 +74,17 @@ def read_file(path: str | os.PathLike[str]) -> File:
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise BundleError(f"bundle {path} is not a file", mend="give the path of a .tflite file")
-        whole = path.read_bytes()
+        with path.open("rb") as file:
+            whole = file.read(_IDENTIFIED_BYTES)
+            if whole.endswith(b"TFL3"):  # of any other file no more is read: it may be a video of many GB
+                if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                    raise BundleError(
+                        f"bundle {path}",
+                        expected=f"at most {MAX_BYTES >> 20} MB",
+                        got=f"{os.fstat(file.fileno()).st_size >> 20} MB",
+                        mend="give the path of a .tflite file for small devices",
+                    )
+                whole += file.read()
     except OSError as error:
         raise BundleError(f"bundle {path}: {error.strerror}", mend="give the path of a .tflite file") from error
     packed, flatbuffer_bytes = _unpack(whole, str(path))
@@ -204,7 +220,16 @@ def _unpack(whole: bytes, where: str) -> tuple[dict[str, bytes], int]:
         return {}, len(whole)
     try:
         with zipfile.ZipFile(io.BytesIO(whole)) as archive:
-            start = min((entry.header_offset for entry in archive.infolist()), default=len(whole))
+            entries = archive.infolist()
+            unpacked_bytes = sum(entry.file_size for entry in entries)  # zipfile inflates no more than these say
+            if unpacked_bytes > MAX_PACKED_BYTES:
+                raise BundleError(
+                    f"bundle {where}: its packed files",
+                    expected=f"at most {MAX_PACKED_BYTES >> 20} MB",
+                    got=f"{unpacked_bytes >> 20} MB",
+                    mend="give a file of a source that you trust",
+                )
+            start = min((entry.header_offset for entry in entries), default=len(whole))
             return {name: archive.read(name) for name in archive.namelist()}, start
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
         raise BundleError(

@@ -151,6 +151,10 @@ class Connection:
                 while not self.connected:
                     if self._refused and self._error:
                         raise self._error
+                    if not self._thread.is_alive():  # closed meanwhile, or ended by a bug
+                        raise self._error or BrokerError(
+                            "the connection to the broker was closed", mend="open it again"
+                        )
                     waited_s = time.monotonic() - started_s
                     if patience_s is None and (self._error or waited_s > START_S or (stop and stop.is_set())):
                         return False

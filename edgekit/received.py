@@ -114,6 +114,8 @@ def decode(received: MQTTMessage, prefix: str, accounting: Accounting, events: E
         DecodeError, UnicodeDecodeError, RecursionError: it is not one of EdgeKit's.
     """
     device, *of_stream, kind = received.topic.removeprefix(prefix).split("/")
+    if kind not in PAYLOADS and kind != "status":
+        raise msgspec.ValidationError(f"its kind is {kind!r}")
     stream = of_stream[0] if of_stream else ""
     fields: dict[str, Any] = {}
     payload: object = received.payload.decode() if kind == "status" else msgspec.json.decode(received.payload)

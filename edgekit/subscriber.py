@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import get_args
 
 import msgspec
-from paho.mqtt.client import MQTTMessage
+from paho.mqtt.client import MQTTMessage, topic_matches_sub
 from paho.mqtt.enums import MQTTProtocolVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
@@ -88,6 +88,8 @@ class Subscriber:
             share + self._prefix + "/".join((of_device, kind) if kind in OF_DEVICE else (of_device, of_stream, kind))
             for kind in kinds
         ]
+        # A session that the broker kept may still have the subscriptions of an earlier run.
+        self._filters = [topic_filter.removeprefix(share) for topic_filter in filters]
         self.accounting, self.events = Accounting(partial=group is not None), Events(partial=group is not None)
         self._group, self._patience_s, self._keeps_session = group, patience_s, session_expiry_s > 0
         self._messages: deque[tuple[MQTTMessage, Client]] = deque()
@@ -164,7 +166,7 @@ class Subscriber:
     # -- for its user ----------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        if self._opened:
+        if self._opened or self._closed:
             return
         self._opened = True
         try:
@@ -236,7 +238,7 @@ class Subscriber:
         return self
 
     async def __anext__(self) -> Message:
-        await self.__aenter__()
+        await self._open_async()
         self.ack()
         arrived, loop = asyncio.Event(), asyncio.get_running_loop()
         self._tell_loop = lambda: loop.call_soon_threadsafe(arrived.set)
@@ -259,6 +261,9 @@ class Subscriber:
                     return None
                 self._handed_out = self._messages.popleft()
             received = self._handed_out[0]
+            if not any(topic_matches_sub(topic_filter, received.topic) for topic_filter in self._filters):
+                self.ack()
+                continue
             try:
                 return decode(received, self._prefix, self.accounting, self.events)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -283,9 +288,16 @@ class Subscriber:
         self.close()
 
     async def __aenter__(self) -> Subscriber:
+        try:
+            await self._open_async()
+        except asyncio.CancelledError:  # the thread would connect later, and take messages that nobody asks for
+            await asyncio.shield(asyncio.to_thread(self.close))
+            raise
+        return self
+
+    async def _open_async(self) -> None:
         if not self._opened:
             await asyncio.to_thread(self._open)
-        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

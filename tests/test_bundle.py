@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,44 @@ def test_foreign_model_that_cannot_be_served_is_refused(
     path = altered_model(models, tmp_path, tensor, lambda of_model: setattr(of_model, field, value))
     with pytest.raises(BundleError, match=complaint):
         bundle.read(path)
+
+
+def refused_within_100_mb(path: Path) -> str:
+    """The error that reading ``path`` gives, in a process of its own; fails where that takes more memory."""
+    script = (
+        "import resource, sys\n"
+        "from edgekit import bundle\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: bundle.read(sys.argv[1])\n"
+        "except bundle.BundleError as error: print(error)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    error, more_kb = result.stdout.splitlines()
+    assert int(more_kb) < 100_000, error
+    return error
+
+
+@pytest.mark.parametrize("head", [b"\0\0\0\0ftypisom", b"\x1c\0\0\0TFL3"], ids=["video", "model"])
+def test_file_of_8_gb_is_refused_unread(head: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "large.tflite"
+    path.write_bytes(head)
+    os.truncate(path, 8 << 30)
+    assert str(path) in refused_within_100_mb(path)
+
+
+@pytest.mark.parametrize("name", ["junk.bin", "edgekit.json", "labels.txt"])
+def test_packed_file_that_inflates_to_much_more_is_refused(models: Path, name: str, tmp_path: Path) -> None:
+    path = tmp_path / "bomb.tflite"
+    path.write_bytes(models.joinpath("int8.tflite").read_bytes())
+    with (
+        zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive,
+        archive.open(name, "w", force_zip64=True) as entry,
+    ):
+        for _ in range(300):
+            entry.write(bytes(1 << 20))
+    assert "at most" in refused_within_100_mb(path)
 
 
 def test_pipe_is_not_waited_for(tmp_path: Path) -> None:

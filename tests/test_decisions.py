@@ -51,6 +51,13 @@ def test_begin_and_end_have_one_id_and_the_score_of_their_time() -> None:
     assert other[0].event_id[:8] != begins[0].event_id[:8]
 
 
+@pytest.mark.parametrize("threshold", [0.05, 0.1, 0.101, 0.12, 0.2, 0.6])
+def test_label_ends_below_half_its_threshold_at_the_latest(threshold: float) -> None:
+    made = decisions(SEVERAL, [threshold] * 3, hysteresis=0.1)
+    frames = [threshold + 0.01, 0, 0], [max(threshold - 0.1, threshold / 2) - 0.001, 0, 0]
+    assert course(made, *frames) == [["begin 0"], ["end 0"]]
+
+
 def test_another_label_takes_over_in_one_update_once_it_leads_by_more_than_the_hysteresis() -> None:
     made = decisions(ONE, [0.0, 0.0], hysteresis=0.125)
     changes = course(made, [0.5, 0.5], [0.4375, 0.5625], [0.375, 0.625], [0.5, 0.5])
@@ -198,7 +205,7 @@ def by_the_book(
         alpha = 2 / (smoothing + 1)
         smoothed = [(1 - alpha) * old + alpha * new for old, new in zip(smoothed or scores, scores, strict=True)]
         reached = [c for c, score in enumerate(smoothed) if score >= limits[c]]
-        lowest = [limit - hysteresis if limit > hysteresis else limit / 2 for limit in limits]
+        lowest = [max(limit - hysteresis, limit / 2) for limit in limits]
         kept = {c for c in held if smoothed[c] >= lowest[c]}
         if multi_label:
             held = {c for c in {*reached, *kept} if limits[c] > 0}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import threading
 from pathlib import Path
@@ -106,10 +107,44 @@ def test_source_that_cannot_be_used_is_an_error(
         ("camera:0", "camera:0"),
         ("a folder?/x#1", "a folder?/x#1"),
         ("\udcff.png", "\ufffd.png"),
+        ("rtsp://admin:pa/ss@cam.lan/stream", "rtsp://cam.lan/stream"),
+        ("rtsp://admin:pa#ss/d@[fe80::1]:554/x", "rtsp://[fe80::1]:554/x"),
+        ("rtsp:/admin:pass@cam:554/x", "rtsp:/cam:554/x"),
+        ("rtsp:admin:pass@cam/x", "rtsp:cam/x"),
+        ("camera:rtsp://admin:pass@cam/x", "camera:rtsp://cam/x"),
+        ("rtsp://cam/user=admin_password=pass_stream=0.sdp", "rtsp://cam"),
+        ("http://cam/video.cgi;user=admin;pwd=pass", "http://cam/video.cgi"),
+        ("http://cam/v?pwd=pa@ss", "http://…"),
+        ("folder/at@home.mp4", "folder/at@home.mp4"),
     ],
 )
 def test_public_name_leaves_out_secrets(spec: str, name: str) -> None:
     assert public_name(spec) == name
+
+
+def test_public_name_shows_nothing_of_any_secret() -> None:
+    generator = random.Random(1)
+    letters = "abcXYZ019/#?@:;&%!$._-+=[]"
+    for _ in range(1000):
+        secret = "".join(generator.choices(letters, k=4)) + "hunter2" + "".join(generator.choices("abc#/:;%!$", k=3))
+        spec = generator.choice(
+            [
+                "rtsp://ann:{}@cam.lan/live", "rtsp:/ann:{}@cam.lan:554/1", "rtsp:ann:{}@cam.lan", "http://{}@cam.lan/a.mjpg",
+                "camera:rtsps://ann:{}@cam.lan/x", "http://cam.lan/v?user=ann&pwd={}", "http://cam.lan/v;pwd={};x=1",
+                "rtsp://cam.lan/user=ann_password={}_channel=1", "HTTP://cam.lan:81/#token={}",
+            ]
+        ).format(secret)  # fmt: skip
+        assert "hunter2" not in public_name(spec) and secret not in public_name(spec), spec
+
+
+@pytest.mark.parametrize("name", ["12:30.avi", "file:other.avi", "concat:a|other.avi"])
+def test_video_name_is_never_taken_for_a_protocol(
+    video: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(video, name)
+    with open_source(f"./{name}") as source:
+        assert len(list(source)) == len(list(open_source(str(video))))
 
 
 def test_file_name_that_is_not_utf8_is_told_as_near_as_can_be(frames: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
@@ -689,3 +690,33 @@ def test_kill_in_a_rescue_loses_nothing_that_can_be_read(
             abandon(opened())
     arrived = drain(opened())
     assert arrived == sorted(set(arrived)) and len(arrived) > 500
+
+
+def sql(path: Path, *statements: str) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        for statement in statements:
+            database.execute(statement)
+        database.commit()
+
+
+@pytest.mark.parametrize("change", ["PRAGMA user_version = 0", "CREATE INDEX by_time ON message (stored_s)"])
+def test_file_of_an_earlier_release_or_with_an_index_is_read(path: Path, change: str) -> None:
+    spool = Spool(path)
+    put(spool, 1, 2, 3)
+    spool.close()
+    sql(path, change)
+    spool = Spool(path)
+    assert (drain(spool), spool.shed) == ([1, 2, 3], {})
+    spool.close()
+
+
+def test_file_of_a_later_release_is_an_error_and_is_left_as_it_is(path: Path) -> None:
+    spool = Spool(path)
+    put(spool, 1, 2, 3)
+    spool.close()
+    sql(path, "ALTER TABLE message ADD COLUMN priority INTEGER", "PRAGMA user_version = 2")
+    before = path.read_bytes()
+    with pytest.raises(EdgekitError, match="newer EdgeKit"):
+        Spool(path)
+    assert path.read_bytes() == before
+    assert not list(path.parent.glob("*damaged*"))

@@ -167,6 +167,32 @@ def subscribe_again(broker: Any, **options: Any) -> Subscriber:
     return Subscriber(broker.url, client_id="archive", session_expiry_s=60, **options)
 
 
+def test_session_of_an_earlier_run_brings_nothing_that_is_not_asked_for(lasting: Any, predictions: Any) -> None:
+    subscribe_again(lasting, kinds=("prediction", "event")).close()
+    lasting.publish(TOPIC.replace("/pi/", "/other/"), *predictions(1, device="other"))
+    lasting.publish(TOPIC, *predictions(1, 2))
+    with subscribe_again(lasting, device="pi") as subscriber:
+        assert seqs_until_silence(subscriber) == [1, 2]
+
+
+def test_message_of_a_topic_that_nobody_knows_is_skipped(broker: Any, predictions: Any) -> None:
+    with Subscriber(broker.url) as subscriber:
+        broker.publish("edgekit/pi/response/prediction", "{}")
+        broker.publish(TOPIC, *predictions(1))
+        assert subscriber.next(5).prediction.seq == 1
+
+
+def test_session_that_is_cancelled_while_it_opens_leaves_no_client(free_port: Any, predictions: Any) -> None:
+    async def opens() -> None:
+        async with Subscriber(f"mqtt://127.0.0.1:{free_port()}", patience_s=60):
+            pytest.fail("there is no broker")
+
+    before = {thread.name for thread in threading.enumerate()}
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(asyncio.wait_for(opens(), 1))
+    assert not {name for name in {thread.name for thread in threading.enumerate()} - before if name.startswith("mqtt")}
+
+
 def test_session_keeps_what_comes_while_we_are_away(lasting: Any, predictions: Any) -> None:
     subscribe_again(lasting).close()
     lasting.publish(TOPIC, *predictions(1, 2, 3))

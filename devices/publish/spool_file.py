@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgekit.errors import EdgekitError
+
 logger = logging.getLogger(__name__)
 
 # Id, topic, payload, stored_s, id of the ring that it was in, where its record ended there, and the checksum of these.
@@ -22,6 +24,8 @@ _TABLE = (
     "ring INTEGER NOT NULL, position INTEGER NOT NULL, checksum INTEGER NOT NULL)"
 )
 _APPLICATION_ID = 0x45444B31
+# Of the table, as PRAGMA user_version. Another table gets another number, and _check_version converts the older one.
+_VERSION = 1
 _NUMBERS = struct.Struct("=qdqq")
 # A row takes so much beside its payload and topic.
 ROW_BYTES = 64
@@ -103,8 +107,11 @@ class SpoolFile:
             run(f"PRAGMA application_id = {_APPLICATION_ID}")
             run("PRAGMA journal_mode = WAL")
             run(_TABLE)
-        elif schema != [("table", _TABLE)] or run("PRAGMA application_id") != [(_APPLICATION_ID,)]:
-            raise sqlite3.DatabaseError("not a spool of this version")
+            run(f"PRAGMA user_version = {_VERSION}")
+        elif run("PRAGMA application_id") != [(_APPLICATION_ID,)]:
+            raise sqlite3.DatabaseError("not a spool")
+        else:
+            self._check_version()
         run("PRAGMA journal_mode = WAL")
         # The log is synced by sync(), where anything waits for long; what is sent at once need not wear out the disk.
         run("PRAGMA synchronous = NORMAL")
@@ -114,6 +121,24 @@ class SpoolFile:
         if self.path:
             with contextlib.suppress(OSError):
                 self._log = os.open(_beside(self.path, "-wal"), os.O_RDONLY | os.O_CLOEXEC)
+
+    def _check_version(self) -> None:
+        """EdgekitError where a newer EdgeKit wrote the file: it is whole, and its messages are not to be lost."""
+        version = self._run("PRAGMA user_version")[0][0]
+        columns = ", ".join(column[1] for column in self._run("PRAGMA table_info(message)"))
+        if version > _VERSION and columns != _COLUMNS:
+            path = self.path
+            self.close()
+            raise EdgekitError(
+                f"spool {path} was written by a newer EdgeKit",
+                expected=f"version {_VERSION} or older",
+                got=str(version),
+                mend="install the newer EdgeKit again, or give another folder with --spool",
+            )
+        if columns != _COLUMNS:
+            raise sqlite3.DatabaseError("not the table of a spool")
+        if version != _VERSION:  # 0: written before versions were numbered, with the same table as version 1
+            self._run(f"PRAGMA user_version = {_VERSION}")
 
     def _survey(self) -> None:
         """Counts what is there; DatabaseError where a message was altered."""
@@ -302,10 +327,18 @@ class SpoolFile:
             raise
 
 
+# SQLITE_ERROR (as a missing table or column), SQLITE_CORRUPT, SQLITE_FORMAT and SQLITE_NOTADB
+_DAMAGE = {1, 11, 24, 26}
+
+
 def is_damage(error: Exception) -> bool:
-    """Whether it is what is in the file, and not what the system would not let us do."""
-    allowed = ("locked", "unable to open", "full", "disk I/O", "out of memory", "readonly")
-    return isinstance(error, sqlite3.Error) and not any(part in str(error) for part in allowed)
+    """Whether the content of the file is at fault, and not the system (a full disk, a lock, too little memory)."""
+    code = getattr(error, "sqlite_errorcode", None)  # from Python 3.11, and only where SQLite itself failed
+    if code is not None:
+        return code & 0xFF in _DAMAGE
+    if type(error) is sqlite3.OperationalError:  # Python 3.10 has no codes: what is wrong with the schema has no class
+        return any(part in str(error) for part in ("no such", "malformed", "syntax"))
+    return type(error) is sqlite3.DatabaseError
 
 
 def row_bytes(topic: str, payload: bytes) -> int:

@@ -128,6 +128,21 @@ def is_file(spec: str) -> bool:
 
 
 def public_name(spec: str) -> str:
-    """``spec`` as UTF-8 text, without the user, the password and the query that a URL may hold."""
+    """``spec`` as UTF-8 text that may be shown to anybody.
+
+    Of a URL only what is known to be harmless: scheme, host, port, and a path without parameters. A password may hold
+    ``/``, ``#``, ``?`` and ``@``, which no parser of URLs expects, so the host is what follows the last ``@``. Where
+    that could itself be part of a secret, ``…`` stands for the host.
+    """
     name = printable(spec)
-    return re.sub(r"[?#].*", "", re.sub(r"//[^/]*@", "//", name)) if "://" in name else name
+    url = re.fullmatch(r"((?:camera:)?[A-Za-z][\w+.-]*:/{0,2})(.*)", name, re.DOTALL)
+    if not url or not (url[1].endswith("//") or "@" in name or _NETWORK.match(name)):
+        return name
+    before, _, address = url[2].rpartition("@")
+    shown = re.match(r"((?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d+)?)(?=[/?#;&]|$)([^?#;&]*)", address)
+    if not shown or re.search("[=?]", before):  # a query may hold an @ too
+        return f"{url[1]}…"
+    return url[1] + shown[1] + ("" if "=" in shown[2] else shown[2])
+
+
+_NETWORK = re.compile(r"(camera:)?(rtsps?|https?|rtmps?|ftps?|tcp|udp|rtp|srt|mms):", re.IGNORECASE)

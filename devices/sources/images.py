@@ -139,13 +139,15 @@ class VideoSource(FileSource):
         self._capture, self._buffers = self._open(), Buffers()
 
     def _open(self) -> Any:
-        capture = cv2.VideoCapture(str(self._path))
+        # Absolute: FFmpeg takes 12:30.mp4, file:other.mp4 or concat:a|b for a protocol.
+        capture = cv2.VideoCapture(str(self._path.absolute()))
         if not capture.isOpened():
             raise SourceError(f"source {self.name} cannot be opened", mend=f"expected {USAGE}")
         return capture
 
     def _pictures(self) -> Iterator[Picture]:
         announced = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        reported = False
         while True:
             number = 0
             while True:
@@ -156,7 +158,8 @@ class VideoSource(FileSource):
                 number += 1
             if number == 0:
                 raise SourceError(f"source {self.name} has no frames", mend="give a video that OpenCV can decode")
-            if number < announced:
+            if number < announced and not reported:
+                reported = True
                 logger.warning("%s ended after %d of %d frames: it may be cut short", self._path, number, announced)
             if not self._loop:
                 return
