@@ -126,6 +126,31 @@ def test_discovery_of_very_many_labels_lists_none() -> None:
     assert "options" not in sensor and "device_class" not in sensor
 
 
+IMAGENET = [f"tench number {n}, Tinca tinca" for n in range(1000)]
+
+
+def test_discovery_of_several_streams_with_very_many_labels_fits_one_message_and_lists_what_it_can() -> None:
+    config = discovery(info("a", "b", "c", "few"), {**dict.fromkeys("abc", IMAGENET), "few": ["cat", "dog"]}, {})
+    assert len(encode(config)) < 60_000
+    jsonschema.validate(json.loads(encode(config)), SCHEMA)
+    listed = [key for key, component in config["components"].items() if "options" in component]
+    assert "few.label" in listed and len(listed) == 2
+    assert all(("device_class" in config["components"][f"{stream}.label"]) == (f"{stream}.label" in listed)
+               for stream in ("a", "b", "c", "few"))  # fmt: skip
+
+
+def test_removal_fits_one_message_whatever_there_was() -> None:
+    many = [f"room_{number}_" + "x" * 100 for number in range(150)]
+    before = {"origin": {"name": "EdgeKit"}, "components": {f"{name}.label": {"platform": "sensor"} for name in many}}
+    now = discovery(info("a"), {"a": IMAGENET + [f"more {n}" + "y" * 20 for n in range(500)]}, {})
+    assert "options" in now["components"]["a.label"]
+    taken_back = removal(encode(before), now)
+    assert taken_back is not None and len(encode(taken_back)) < 65_400
+    jsonschema.validate(json.loads(encode(taken_back)), SCHEMA)
+    assert all(taken_back["components"][f"{name}.label"] == {"platform": "sensor"} for name in many)
+    assert set(now["components"]) < set(taken_back["components"])
+
+
 def rendered(component: dict[str, Any], payload: dict[str, Any], template: str = "value_template") -> str:
     jinja2 = pytest.importorskip("jinja2")
     return str(jinja2.Template(component[template]).render(value_json=payload)).strip()
@@ -141,6 +166,23 @@ def test_templates_tell_every_label(label: str | None) -> None:
     assert rendered(components["door.group.hard"], state) == ("ON" if label in HARD else "OFF")
     attributes = json.loads(rendered(components["door.label"], state, "json_attributes_template"))
     assert attributes == {"score": state["score"], "captured_at": state["captured_at"]}
+
+
+# What Home Assistant takes for no value, or passes over, as a sensor's state.
+NO_VALUES = ["None", "unknown", "unavailable", ""]
+
+
+@pytest.mark.parametrize("label", ["None", "unknown", "unavailable", "", " ", " None ", "none", '"None"', "cat"])
+def test_label_that_home_assistant_takes_for_no_value_is_shown(label: str) -> None:
+    labels = ["None", "unknown", "unavailable", "", " ", " None ", "none", '"None"', "cat"]
+    config = discovery(info("door"), {"door": labels}, {"group": [label]})
+    jsonschema.validate(json.loads(encode(config)), SCHEMA)
+    sensor, group = (config["components"][f"door.{name}"] for name in ("label", "group.group"))
+    said = {one: rendered(sensor, {"label": one}) for one in labels}
+    assert said[label] not in NO_VALUES and said[label] in sensor["options"]
+    assert len(set(said.values())) == len(set(sensor["options"])) == len(sensor["options"]) == len(labels)
+    assert label.strip() in said[label] and rendered(sensor, {"label": None}) == "None"
+    assert rendered(group, {"label": label}) == "ON" and rendered(group, {"label": None}) == "OFF"
 
 
 def health(**streams: tuple[float, str, bool]) -> dict[str, Any]:

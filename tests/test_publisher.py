@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 
 from edgekit.broker import parse_broker
 from edgekit.decode import Prediction
+from edgekit.devices.publish.commands import Commands
+from edgekit.devices.publish.home_assistant import Discovery
 from edgekit.devices.publish.publisher import Publisher
 from edgekit.devices.publish.spool import Spool
 from edgekit.devices.results import Result
@@ -276,6 +280,42 @@ def test_message_that_is_too_large_for_the_broker_is_shed_and_holds_up_no_other(
         until(lambda: len(predictions(got)) == 2)
         shed = dict(publishes._spool.shed)
     assert predictions(got) == [(1, False), (3, False)] and shed == {"too large for the broker": 1}
+
+
+def test_whatever_is_too_large_for_the_broker_is_left_out_and_reported_once(
+    mosquitto: Any, publisher: Any, listening: Any, until: Any, caplog: Any
+) -> None:
+    broker = mosquitto("allow_anonymous true", "max_packet_size 1000")
+    got = listening(broker)
+
+    class Answers(Commands):
+        def answer(self, payload: bytes | bytearray, **_: Any) -> list[bytes]:
+            return [payload[:1] * (2000 if payload == b"large" else 10)]
+
+    large = InfoMessage(
+        schema="edgekit.info/1", device="pi", boot_id="b", profile="x" * 2000, versions=Versions("0", "3", "-"),
+        streams={},
+    )  # fmt: skip
+    discovery = Discovery("pi", {"origin": {"name": "EdgeKit"}, "components": {}, "device": {"name": "x" * 2000}})
+    with publisher(broker.url, commands=Answers(dict), discovery=discovery) as publishes:
+        publishes.announce(large)
+        give(publishes, prediction(1), "owl" * 500)
+        until(lambda: "pi/config" in caplog.text)
+        asks = Connection(parse_broker(broker.url), "asks")
+        asks.start(10)
+        for question in (b"large", b"large", b"small"):
+            properties = Properties(PacketTypes.PUBLISH)
+            properties.ResponseTopic = "edgekit/pi/response/me"
+            asks.client.publish("edgekit/pi/command", question, 1, properties=properties)
+        until(lambda: ("edgekit/pi/response/me", "s" * 10) in [(topic, payload) for topic, payload, _ in got])
+        asks.close()
+    until(lambda: ("edgekit/pi/status", "offline") in [(topic, payload) for topic, payload, _ in got])
+    assert [payload for topic, payload, _ in got if topic == "edgekit/pi/status"] == ["online", "offline"]
+    assert [seq for seq, _ in predictions(got)] == [1]
+    assert all(len(message.payload) < 1000 for *_, message in got)
+    lines = [record.getMessage() for record in caplog.records if "is left out" in record.getMessage()]
+    left_out = ("edgekit/pi/info", "edgekit/pi/door/state", "homeassistant/device/pi/config", "an answer to a command")
+    assert len(lines) == 4 and all(any(what in line for line in lines) for what in left_out)
 
 
 def test_broker_is_told_how_long_to_keep_a_prediction(broker: Any, publisher: Any, listening: Any, until: Any) -> None:

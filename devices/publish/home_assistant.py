@@ -30,8 +30,11 @@ RETAINED_S = 1.0
 REMOVAL_S = 1.0
 # Without a word for so long, health is not known; it comes every 10 s.
 EXPIRE_AFTER_S = 35
-# More labels than fit in so many bytes are not listed one by one.
-MAX_OPTIONS_BYTES = 32_000
+# Of an announcement, and of one with what is to be removed: larger than 64 KiB, the device would not be given its own
+# back. To stay below, labels are not listed one by one.
+MAX_BYTES, MAX_REMOVAL_BYTES = 56_000, 65_000
+# As the state of a sensor, Home Assistant takes these for no value at all, or passes them over.
+_NO_VALUES = frozenset(("", "None", "unknown", "unavailable"))
 _MANUFACTURER = "EdgeKit"
 
 Config = dict[str, Any]
@@ -101,7 +104,7 @@ def discovery(
         }
     for key, component in components.items():
         component["unique_id"] = f"edgekit.{device}.{key}"
-    return {
+    config: Config = {
         "device": {
             "identifiers": [f"edgekit.{device}"],
             "name": device,
@@ -116,23 +119,54 @@ def discovery(
         "qos": 1,
         "components": components,
     }
+    return _bounded(config, MAX_BYTES)
+
+
+def _bounded(config: Config, max_bytes: int) -> Config:
+    """``config`` without the options of as many sensors as it takes, those with the most first."""
+    while len(encode(config)) > max_bytes:
+        components: Config = config["components"]
+        listed = [key for key, component in components.items() if "options" in component]
+        if not listed:
+            logger.warning(
+                "the announcement to Home Assistant may be too large for the broker; give smaller label groups"
+            )
+            break
+        longest = max(listed, key=lambda key: len(encode(components[key])))
+        sensor = {name: value for name, value in components[longest].items() if name not in ("options", "device_class")}
+        config = {**config, "components": {**components, longest: sensor}}
+    return config
+
+
+def _shown(labels: Sequence[str]) -> dict[str, str]:
+    """How labels appear in Home Assistant: without white space around them, as templates give them; and in quotation
+    marks where it would see no value in them."""
+    shown = {label: label.strip() for label in labels}
+    for label, text in shown.items():
+        if text in _NO_VALUES:
+            while text in _NO_VALUES or text in shown.values():
+                text = f'"{text}"'
+            shown[label] = text
+    return shown
 
 
 def _label_sensor(stream: str, state_topic: str, labels: Sequence[str]) -> Config:
+    shown = _shown(labels)
+    value = "value_json.label"
+    if quoted := {label: text for label, text in shown.items() if text != label.strip()}:
+        value = f"{json.dumps(quoted, ensure_ascii=False)}.get({value}, {value})"
     sensor: Config = {
         "platform": "sensor",
         "name": stream,
         "icon": "mdi:eye",
         "state_topic": state_topic,
         # null where no class reaches the threshold, which Home Assistant shows as unknown
-        "value_template": "{{ value_json.label }}",
+        "value_template": f"{{{{ {value} }}}}",
         "json_attributes_topic": state_topic,
         "json_attributes_template": "{{ {'score': value_json.score, 'captured_at': value_json.captured_at} | tojson }}",
     }
-    # as templates give them: without white space around them
-    options = [label for label in dict.fromkeys(map(str.strip, labels)) if label]
-    if options and len(encode(options)) <= MAX_OPTIONS_BYTES:
-        sensor |= {"device_class": "enum", "options": options}
+    if shown:
+        sensor |= {"device_class": "enum", "options": list(dict.fromkeys(shown.values()))}
     return sensor
 
 
@@ -244,7 +278,7 @@ def removal(previous: bytes, now: Config) -> Config | None:
         for key, component in before.components.items()
         if components.get(key, {}).get("platform") != component.platform
     }
-    return {**now, "components": {**components, **stale}} if stale else None
+    return _bounded({**now, "components": {**components, **stale}}, MAX_REMOVAL_BYTES) if stale else None
 
 
 class Discovery:

@@ -51,6 +51,8 @@ STOP_TIMEOUT_S, OFFLINE_TIMEOUT_S = 1.5, 1.0
 _WAIT_S = 0.01
 # A broker keeps larger commands to itself.
 _MAX_PACKET_BYTES = 65536
+# A packet has no more than this beside topic, payload and correlation data.
+_PACKET_BYTES = 32
 # The broker's answers that are about this one message, and not about what we may do now.
 _OF_THE_MESSAGE = {"Topic name invalid", "Packet too large", "Payload format invalid", "Retain not supported"}
 
@@ -98,7 +100,8 @@ class Publisher:
         self.announce(info)
         # Of the connection, by message id: predictions and events, and what is sent beside them.
         self._inflight: dict[int, Stored] = {}
-        self._beside: set[int] = set()
+        self._beside: dict[int, str] = {}
+        self._left_out: set[str] = set()  # what was reported to be too large, or else not to be taken
         self._replay_per_s, self._tokens, self._tokens_s = replay_per_s, 0.0, time.monotonic()
         self._health_s = self._stalled_s = 0.0
         self._again = False  # what was refused is to be sent again
@@ -268,7 +271,7 @@ class Publisher:
         if stored.replayed:
             # Nowhere else: in a string, the quotation marks would have backslashes before them.
             payload = payload.replace(b'"replayed":false', b'"replayed":true', 1)
-        if len(payload) + len(to) + 32 > self._connection.client.broker_maximum_packet_size:
+        if self._too_large(to, payload):
             self._spool.drop(stored, "too large for the broker")
             return
         left_s = self._spool.max_age_s - (self._spool.clock_s - stored.stored_s)
@@ -283,7 +286,7 @@ class Publisher:
                 self._publish(to, payload, retain=True)
         if self._health and now_s >= self._health_s:
             self._health_s = now_s + HEALTH_S
-            self._connection.publish(f"{self._base}/health", encode(self._health(self._spool_health())), qos=0)
+            self._publish(f"{self._base}/health", encode(self._health(self._spool_health())), qos=0)
         if self._discovery:
             for to, payload in self._discovery.turn(now_s):
                 self._publish(to, payload, retain=True)
@@ -295,8 +298,39 @@ class Publisher:
         )
         return max(0.0, due_s - now_s)
 
-    def _publish(self, to: str, payload: bytes | str, retain: bool = False, correlation: bytes | None = None) -> None:
-        self._beside.add(self._connection.publish(to, payload, retain=retain, correlation_data=correlation))
+    def _publish(
+        self,
+        to: str,
+        payload: bytes | str,
+        *,
+        qos: int = 1,
+        retain: bool = False,
+        correlation: bytes | None = None,
+        what: str = "",
+    ) -> None:
+        """Sends what is not in the spool, unless it is too large for the broker, which would end the connection.
+
+        Args:
+            what: its name in the log; without one, its topic.
+        """
+        if self._too_large(to, payload, correlation):
+            self._leave_out(what or to, "packet too large")
+            return
+        mid = self._connection.publish(to, payload, qos=qos, retain=retain, correlation_data=correlation)
+        if qos:
+            self._beside[mid] = what or to
+
+    def _too_large(self, to: str, payload: bytes | str, correlation: bytes | None = None) -> bool:
+        size = sum(len(part.encode() if isinstance(part, str) else part) for part in (to, payload, correlation or b""))
+        return size + _PACKET_BYTES > self._connection.client.broker_maximum_packet_size
+
+    def _leave_out(self, what: str, cause: str) -> None:
+        if what not in self._left_out:
+            self._left_out.add(what)
+            logger.error(
+                "broker %s does not take %s, which is left out: %s; raise its limit of packets and messages",
+                self._address, what, cause,
+            )  # fmt: skip
 
     def _spool_health(self) -> SpoolHealth:
         spool = self._spool
@@ -325,8 +359,10 @@ class Publisher:
         stored = self._inflight.pop(mid, None)
         name = reason.getName() if reason.is_failure else ""
         if stored is None:
-            self._beside.discard(mid)
-            if name:
+            what = self._beside.pop(mid, "")
+            if name in _OF_THE_MESSAGE:
+                self._leave_out(what, name.lower())
+            elif name:
                 self._tell_refusal(name)
         elif not name:
             self._spool.delete(stored)
@@ -360,7 +396,8 @@ class Publisher:
         asked_for = getattr(message.properties, "ResponseTopic", "")
         if answers and (to := response_topic(asked_for, self._device, prefix=self._prefix)):
             for answer in answers:
-                self._publish(to, answer, correlation=getattr(message.properties, "CorrelationData", None))
+                correlation = getattr(message.properties, "CorrelationData", None)
+                self._publish(to, answer, correlation=correlation, what="an answer to a command")
 
     def __enter__(self) -> Publisher:
         return self

@@ -15,7 +15,19 @@ from typing import NamedTuple
 import platformdirs
 
 from edgekit.devices.publish.ring import RING_BYTES, Record, Ring
-from edgekit.devices.publish.spool_file import ROW_BYTES, Row, SpoolFile, is_damage, make_row, row_bytes
+from edgekit.devices.publish.spool_file import (
+    ROW_BYTES,
+    SQLITE_BUSY,
+    SQLITE_FULL,
+    SQLITE_IOERR,
+    NewerVersion,
+    Row,
+    SpoolFile,
+    error_code,
+    is_damage,
+    make_row,
+    row_bytes,
+)
 from edgekit.errors import EdgekitError
 
 logger = logging.getLogger(__name__)
@@ -73,7 +85,8 @@ class Spool:
             happens to the system's clock.
 
     Raises:
-        EdgekitError: the folder cannot be written, or another process has the spool open; limits too small.
+        EdgekitError: the folder cannot be written, or another process has the spool open; a later EdgeKit wrote it;
+            limits too small.
     """
 
     def __init__(self, path: Path | None, *, max_bytes: int = MAX_BYTES, max_age_s: float = MAX_AGE_S) -> None:
@@ -117,12 +130,17 @@ class Spool:
                 self._ring.read(self._ring.count)
                 self._ring.release(position)
                 self._ring.rewind()
+        except NewerVersion as error:
+            raise EdgekitError(
+                f"spool {path} was written by a later EdgeKit ({error}); it is left as it is",
+                mend="install that EdgeKit again to send what is in it, or give another folder with --spool",
+            ) from error
         except (OSError, sqlite3.Error) as error:
             if is_new and _is_full(error):  # with nothing in it there is nothing to wait for
                 self._cannot_write(error)
             else:
                 mend = "give a folder that can be written with --spool, and free disk space"
-                if "locked" in str(error):
+                if error_code(error) == SQLITE_BUSY:
                     mend = "another run uses it: give this one another --stream, device id or --spool"
                 raise EdgekitError(f"spool {path} cannot be opened ({error})", mend=mend) from error
         self._clock_s = self._file.newest_s
@@ -375,4 +393,4 @@ class Spool:
 def _is_full(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return "full" in str(error) or "disk I/O" in str(error)
+    return error_code(error) in (SQLITE_FULL, SQLITE_IOERR)

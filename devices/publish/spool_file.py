@@ -7,12 +7,11 @@ import logging
 import os
 import sqlite3
 import struct
+import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from edgekit.errors import EdgekitError
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +22,27 @@ _TABLE = (
     "CREATE TABLE message (id INTEGER PRIMARY KEY, topic TEXT NOT NULL, payload BLOB NOT NULL, stored_s REAL NOT NULL, "
     "ring INTEGER NOT NULL, position INTEGER NOT NULL, checksum INTEGER NOT NULL)"
 )
+# Of that table, as PRAGMA table_info gives them: place, name, type, not null, default, in the primary key.
+_TABLE_INFO = [
+    (0, "id", "INTEGER", 0, None, 1),
+    (1, "topic", "TEXT", 1, None, 0),
+    (2, "payload", "BLOB", 1, None, 0),
+    (3, "stored_s", "REAL", 1, None, 0),
+    (4, "ring", "INTEGER", 1, None, 0),
+    (5, "position", "INTEGER", 1, None, 0),
+    (6, "checksum", "INTEGER", 1, None, 0),
+]
 _APPLICATION_ID = 0x45444B31
-# Of the table, as PRAGMA user_version. Another table gets another number, and _check_version converts the older one.
-_VERSION = 1
+# The statements that lead from each version of the file to the next: another table is another version, and gets an
+# entry here. Files of version 0 have today's table; only the number was not written yet.
+_MIGRATIONS: tuple[tuple[str, ...], ...] = ((),)
+_VERSION = len(_MIGRATIONS)
+# There will hardly be as many: a higher number is a damaged one.
+_VERSIONS = 32
+# SQLite's result codes (https://www.sqlite.org/rescode.html), which the sqlite3 module names from Python 3.11 on.
+SQLITE_ERROR, SQLITE_BUSY, SQLITE_IOERR, SQLITE_FULL = 1, 5, 10, 13
+# Corrupt, too big, constraint, mismatch, format, not a database: to our statements, only the content gives these.
+_DAMAGE = frozenset((11, 18, 19, 20, 24, 26))
 _NUMBERS = struct.Struct("=qdqq")
 # A row takes so much beside its payload and topic.
 ROW_BYTES = 64
@@ -33,10 +50,18 @@ ROW_BYTES = 64
 _SHRINK_PAGES = 2000
 
 
+class Damaged(sqlite3.DatabaseError):
+    """What is in the file is not what was written to it."""
+
+
+class NewerVersion(sqlite3.NotSupportedError):
+    """The file is whole, as far as can be seen, but of a version that is not known here."""
+
+
 class SpoolFile:
     """Rows in the order of their ids. It may be closed by a failure, and opened again when the disk is well.
 
-    All methods raise sqlite3.Error: DatabaseError and what else :func:`is_damage` knows where the file is damaged.
+    All methods raise sqlite3.Error: what :func:`is_damage` knows where the file is damaged.
 
     Args:
         path: None: in memory only.
@@ -87,61 +112,81 @@ class SpoolFile:
             return gaps if known is None else known - self.count
 
     def _connect(self) -> None:
-        """DatabaseError where the file is not ours or not whole."""
+        """Damaged where the file is not ours or not whole; NewerVersion where a later EdgeKit wrote it."""
         self.close()
         self._database = sqlite3.connect(
             self.path or ":memory:", timeout=0, isolation_level=None, check_same_thread=False
         )
         # What is no UTF-8 shows by its checksum.
         self._database.text_factory = lambda text: text.decode(errors="replace")
+        try:
+            version = self._prepare()
+        except sqlite3.OperationalError as error:
+            if error_code(error) == SQLITE_ERROR:  # the statements are right: it is how the file says it is to be read
+                raise Damaged(str(error)) from error
+            raise
+        self._migrate(version)
+        if not self._has_table():
+            raise Damaged("its table is not that of a spool")
+        if self.path:
+            with contextlib.suppress(OSError):
+                self._log = os.open(_beside(self.path, "-wal"), os.O_RDONLY | os.O_CLOEXEC)
+
+    def _prepare(self) -> int:
+        """Makes the database ready, new where it is empty; its version."""
         run = self._run
         run("PRAGMA locking_mode = EXCLUSIVE")  # and so no file of shared memory beside it
         run("PRAGMA trusted_schema = OFF")
         run("PRAGMA cell_size_check = ON")
         run("PRAGMA cache_size = -512")
-        schema = run("SELECT type, sql FROM sqlite_master")
-        if not schema and run("PRAGMA page_count")[0][0] <= 1:
+        if not run("SELECT name FROM sqlite_master") and run("PRAGMA page_count")[0][0] <= 1:
             if self.path:
                 self.path.chmod(0o600)
             run("PRAGMA auto_vacuum = INCREMENTAL")
             run(f"PRAGMA application_id = {_APPLICATION_ID}")
+            run(f"PRAGMA user_version = {_VERSION}")
             run("PRAGMA journal_mode = WAL")
             run(_TABLE)
-            run(f"PRAGMA user_version = {_VERSION}")
-        elif run("PRAGMA application_id") != [(_APPLICATION_ID,)]:
-            raise sqlite3.DatabaseError("not a spool")
-        else:
-            self._check_version()
+        if run("PRAGMA application_id") != [(_APPLICATION_ID,)]:
+            raise Damaged("not a spool")
+        ((version,),) = run("PRAGMA user_version")
+        if not 0 <= version < _VERSIONS:
+            raise Damaged("its version was altered")
+        if version > _VERSION:
+            raise NewerVersion(f"version {version}, and {_VERSION} is the highest known")
         run("PRAGMA journal_mode = WAL")
         # The log is synced by sync(), where anything waits for long; what is sent at once need not wear out the disk.
         run("PRAGMA synchronous = NORMAL")
         run("PRAGMA journal_size_limit = 4194304")
         if (found := run("PRAGMA quick_check(1)")) != [("ok",)]:
-            raise sqlite3.DatabaseError(str(found[0][0]))
-        if self.path:
-            with contextlib.suppress(OSError):
-                self._log = os.open(_beside(self.path, "-wal"), os.O_RDONLY | os.O_CLOEXEC)
+            raise Damaged(str(found[0][0]))
+        return int(version)
 
-    def _check_version(self) -> None:
-        """EdgekitError where a newer EdgeKit wrote the file: it is whole, and its messages are not to be lost."""
-        version = self._run("PRAGMA user_version")[0][0]
-        columns = ", ".join(column[1] for column in self._run("PRAGMA table_info(message)"))
-        if version > _VERSION and columns != _COLUMNS:
-            path = self.path
-            self.close()
-            raise EdgekitError(
-                f"spool {path} was written by a newer EdgeKit",
-                expected=f"version {_VERSION} or older",
-                got=str(version),
-                mend="install the newer EdgeKit again, or give another folder with --spool",
-            )
-        if columns != _COLUMNS:
-            raise sqlite3.DatabaseError("not the table of a spool")
-        if version != _VERSION:  # 0: written before versions were numbered, with the same table as version 1
-            self._run(f"PRAGMA user_version = {_VERSION}")
+    def _migrate(self, version: int) -> None:
+        """Brings the file to the version of today, all or nothing."""
+        if version == _VERSION:
+            return
+        statements = [statement for step in _MIGRATIONS[version:] for statement in step]
+        try:
+            with self._transaction() as database:
+                for statement in statements:
+                    database.execute(statement)
+                database.execute(f"PRAGMA user_version = {_VERSION}")
+        except sqlite3.Error as error:
+            # Where the number alone cannot be written, as the disk is full, the next run will write it.
+            if statements or error_code(error) not in (SQLITE_FULL, SQLITE_IOERR):
+                raise
+
+    def _has_table(self) -> bool:
+        """Whether rows can be read and added. More indexes or tables do no harm; triggers and unique indexes may."""
+        if any(kind == "trigger" for (kind,) in self._run("SELECT type FROM sqlite_master")):
+            return False
+        if any(unique for _, _, unique, *_ in self._run("PRAGMA index_list(message)")):
+            return False
+        return self._run("PRAGMA table_info(message)") == _TABLE_INFO
 
     def _survey(self) -> None:
-        """Counts what is there; DatabaseError where a message was altered."""
+        """Counts what is there; Damaged where a message was altered."""
         count, size, oldest_s, newest_s, last_id = 0, 0, 0.0, 0.0, 0
         for row in self._each(f"SELECT {_COLUMNS} FROM message ORDER BY id"):
             last_id, topic, payload, newest_s, *_ = _check(row)
@@ -161,7 +206,7 @@ class SpoolFile:
         for order in ("ASC", "DESC"):  # from both ends to where it is damaged
             with contextlib.suppress(sqlite3.Error):
                 for row in self._each(f"SELECT {_COLUMNS} FROM message ORDER BY id {order}"):
-                    with contextlib.suppress(sqlite3.DatabaseError):
+                    with contextlib.suppress(Damaged):
                         rows[row[0]] = _check(row)
         self.close()
         making = _beside(path, ".rescuing")
@@ -222,7 +267,7 @@ class SpoolFile:
     # -- rows ------------------------------------------------------------------------------------------------------
 
     def after(self, number: int, limit: int) -> list[Row]:
-        """The next rows behind this id; DatabaseError if one was altered."""
+        """The next rows behind this id; Damaged if one was altered."""
         found = self._run(f"SELECT {_COLUMNS} FROM message WHERE id > ? ORDER BY id LIMIT ?", (number, limit))
         return [_check(row) for row in found]
 
@@ -307,7 +352,7 @@ class SpoolFile:
         try:
             yield from self._database.execute(statement, values)
         except UnicodeDecodeError as error:  # in what SQLite says of a damaged file
-            raise sqlite3.DatabaseError("damaged") from error
+            raise Damaged("damaged") from error
 
     def _run(self, statement: str, values: Sequence[object] = ()) -> list[Any]:
         return list(self._each(statement, values))
@@ -323,22 +368,33 @@ class SpoolFile:
             with contextlib.suppress(sqlite3.Error):
                 self._run("ROLLBACK")
             if isinstance(error, UnicodeDecodeError):  # as in _each
-                raise sqlite3.DatabaseError("damaged") from error
+                raise Damaged("damaged") from error
             raise
 
 
-# SQLITE_ERROR (as a missing table or column), SQLITE_CORRUPT, SQLITE_FORMAT and SQLITE_NOTADB
-_DAMAGE = {1, 11, 24, 26}
+def error_code(error: Exception) -> int:
+    """SQLite's primary result code; 0 where the error did not come from SQLite itself."""
+    if sys.version_info >= (3, 11):
+        return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
+    return _guessed_code(error)
+
+
+def _guessed_code(error: Exception) -> int:
+    """For Python 3.10, whose errors have no code: by their class, and where that is shared by many, by their words.
+
+    An operational error in other words is SQLITE_ERROR, which counts as damage only while the file is opened.
+    """
+    if isinstance(error, sqlite3.OperationalError):
+        codes = {"locked": SQLITE_BUSY, "out of memory": 7, "readonly": 8, "disk I/O": SQLITE_IOERR,
+                 "full": SQLITE_FULL, "unable to open": 14}  # fmt: skip
+        return next((code for words, code in codes.items() if words in str(error)), SQLITE_ERROR)
+    kinds = {sqlite3.DatabaseError: 11, sqlite3.DataError: 18, sqlite3.IntegrityError: 19}
+    return kinds.get(type(error), 0)
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether the content of the file is at fault, and not the system (a full disk, a lock, too little memory)."""
-    code = getattr(error, "sqlite_errorcode", None)  # from Python 3.11, and only where SQLite itself failed
-    if code is not None:
-        return code & 0xFF in _DAMAGE
-    if type(error) is sqlite3.OperationalError:  # Python 3.10 has no codes: what is wrong with the schema has no class
-        return any(part in str(error) for part in ("no such", "malformed", "syntax"))
-    return type(error) is sqlite3.DatabaseError
+    """Whether it is what is in the file, and not what the system would not let us do, or a fault of ours."""
+    return isinstance(error, Damaged) or error_code(error) in _DAMAGE
 
 
 def row_bytes(topic: str, payload: bytes) -> int:
@@ -352,11 +408,11 @@ def make_row(number: int, topic: str, payload: bytes, stored_s: float, ring: int
 
 
 def _check(row: Row) -> Row:
-    """The row, unless it was altered: DatabaseError."""
+    """The row, unless it was altered: Damaged."""
     with contextlib.suppress(TypeError, AttributeError, struct.error):  # SQLite holds any type in any column
         if isinstance(row[2], bytes) and make_row(*row[:6]) == row:
             return row
-    raise sqlite3.DatabaseError("a message was altered")
+    raise Damaged("a message was altered")
 
 
 def _beside(path: Path, suffix: str) -> Path:
