@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import pytest
 
 from edgekit import bundle, manifest
 from edgekit.errors import BundleError, EdgekitError
+
+proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here")
 
 
 def test_bundle_carries_manifest_labels_and_preprocessing(models: Path) -> None:
@@ -182,3 +186,98 @@ def test_replacing_leaves_the_old_file_when_the_block_fails(tmp_path: Path) -> N
 def test_replacing_in_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(EdgekitError, match="cannot write"), bundle.replacing(tmp_path / "no" / "out.tflite"):
         pass
+
+
+def pack(models: Path, path: Path, name: str, megabytes: int, compression: int = zipfile.ZIP_DEFLATED) -> None:
+    """float32.tflite with its files and one more, or another one of that name, of so many MB."""
+    read = bundle.read_file(models / "float32.tflite")
+    path.write_bytes(read.content)
+    files: dict[str, bytes | None] = {**read.packed, name: None}
+    with zipfile.ZipFile(path, "a", compression) as archive:
+        for packed, data in files.items():
+            with archive.open(packed, "w") as file:
+                for part in [data] if data is not None else [b" " * (1 << 20)] * megabytes:
+                    file.write(part)
+
+
+def hostile(case: str, models: Path, path: Path) -> None:
+    if case in ("sparse", "sparse model"):
+        with path.open("wb") as file:
+            file.write(b"\x1c\0\0\0TFL3" if case == "sparse model" else b"")
+            file.truncate(8 << 30)
+    elif case == "stored manifest":
+        pack(models, path, "edgekit.json", 100, zipfile.ZIP_STORED)
+    elif case == "nested manifest":
+        path.write_bytes(bundle.read_file(models / "float32.tflite").content)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("labels.txt", "red\ngreen\nblue\n")
+            archive.writestr("edgekit.json", b"[" * 1_000_000)
+    elif case == "many files":
+        path.write_bytes(bundle.read_file(models / "float32.tflite").content)
+        with zipfile.ZipFile(path, "a") as archive:
+            for i in range(30_000):
+                archive.writestr(zipfile.ZipInfo(f"{i:040}"), b"")
+    elif case in ("bzip2 labels", "lying labels"):
+        pack(models, path, "labels.txt", 300, zipfile.ZIP_BZIP2 if case == "bzip2 labels" else zipfile.ZIP_DEFLATED)
+        whole = path.read_bytes()  # saying that it is small
+        path.write_bytes(whole.replace((300 << 20).to_bytes(4, "little"), (10).to_bytes(4, "little")))
+    else:
+        pack(models, path, {"labels": "labels.txt", "manifest": "edgekit.json"}[case], 600)
+
+
+@proc
+@pytest.mark.parametrize(
+    "case",
+    [
+        "sparse",
+        "sparse model",
+        "labels",
+        "manifest",
+        "stored manifest",
+        "nested manifest",
+        "bzip2 labels",
+        "lying labels",
+        "many files",
+    ],
+)
+def test_hostile_file_is_refused_in_little_memory(models: Path, tmp_path: Path, case: str) -> None:
+    path = tmp_path / "hostile.tflite"
+    hostile(case, models, path)
+    read, grown = read_in_a_child(path)
+    assert read.startswith("BundleError: ") and read.count("\n") == 1 and "; " in read
+    assert grown < 100 << 20
+
+
+@proc
+def test_packed_file_that_is_not_needed_is_not_read(models: Path, tmp_path: Path) -> None:
+    pack(models, tmp_path / "notes.tflite", "notes.bin", 600)
+    read, grown = read_in_a_child(tmp_path / "notes.tflite")
+    assert (read, grown < 100 << 20) == ("edgekit.json labels.txt notes.bin\n", True)
+
+
+def read_in_a_child(path: Path) -> tuple[str, int]:
+    """The names of the packed files, or the error, and the bytes of memory that reading took."""
+    code = """
+import sys
+from pathlib import Path
+from edgekit import bundle
+from edgekit.errors import EdgekitError
+def peak():  # not ru_maxrss, which begins with that of the parent
+    return next(int(s.split()[1]) for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
+before = peak()
+try:
+    print(*sorted(bundle.read_file(sys.argv[1]).packed_names))
+except EdgekitError as error:
+    print(f"{type(error).__name__}: {error}")
+print(1024 * (peak() - before))
+"""
+    out = subprocess.run([sys.executable, "-c", code, path], check=True, capture_output=True, text=True).stdout
+    *read, grown = out.splitlines(keepends=True)
+    return "".join(read), int(grown)
+
+
+def test_label_file_that_is_another_file_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "labels.txt").open("wb") as file:
+        file.truncate(8 << 30)
+    with pytest.raises(EdgekitError, match="expected 1 MB at most"):
+        bundle.read_labels(tmp_path / "labels.txt")
