@@ -6,8 +6,8 @@ import hashlib
 import io
 import logging
 import os
+import secrets
 import struct
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -172,20 +172,17 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place when the block ends well, and is removed otherwise."""
     path = path.resolve()  # the file behind a link, not the link
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        # with the permissions that the user's umask leaves, as any new file
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
     except OSError as error:
         raise EdgekitError(
             f"cannot write {path}: {error.strerror}", mend="give an output path in a folder you can write to"
         ) from error
-    temporary = Path(name)
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     except OSError as error:
         raise EdgekitError(f"cannot write {path}: {error.strerror}", mend="make room or give another path") from error

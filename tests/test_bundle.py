@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,39 @@ def test_replacing_leaves_the_old_file_when_the_block_fails(tmp_path: Path) -> N
 def test_replacing_in_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(EdgekitError, match="cannot write"), bundle.replacing(tmp_path / "no" / "out.tflite"):
         pass
+
+
+def test_new_file_has_the_permissions_that_the_umask_leaves(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        with bundle.replacing(tmp_path / "out.tflite") as temporary:
+            temporary.write_text("new")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "out.tflite").stat().st_mode & 0o777 == 0o640
+
+
+def test_files_of_other_threads_keep_their_permissions(tmp_path: Path) -> None:
+    old, done = os.umask(0o077), threading.Event()
+
+    def replace() -> None:
+        for _ in range(300):
+            with bundle.replacing(tmp_path / "out.tflite"):
+                pass
+        done.set()
+
+    thread = threading.Thread(target=replace)
+    try:
+        thread.start()
+        modes = set()
+        while not done.is_set():
+            os.close(os.open(tmp_path / "other", os.O_CREAT | os.O_WRONLY, 0o666))
+            modes.add((tmp_path / "other").stat().st_mode & 0o777)
+            (tmp_path / "other").unlink()
+    finally:
+        thread.join()
+        os.umask(old)
+    assert modes <= {0o600}
 
 
 def pack(models: Path, path: Path, name: str, megabytes: int, compression: int = zipfile.ZIP_DEFLATED) -> None:
