@@ -216,7 +216,10 @@ class Model:
     @staticmethod
     def _operator_code(table: Table) -> tuple[str, int, bool]:
         # Codes above 127 do not fit the older int8 field; the newer field is missing in older files.
-        code = max(table.number(0, "<b"), table.number(3))
+        older, newer = table.number(0, "<b"), table.number(3)
+        if min(older, newer) < 0:
+            raise ValueError("negative operator code")
+        code = max(older, newer)
         version = table.number(2, default=1)
         if code == BUILTIN_OPERATORS.index("CUSTOM"):
             return table.string(1), version, True
