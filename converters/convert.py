@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 _TAGS = Output(activation="sigmoid", multi_label=True)
 
 _ROOT = str(Path(bundle.__file__).parents[1])
+# Without the user's folder among those that modules are taken from.
+_WORKER = "import sys; sys.path[:] = [p for p in sys.path if p]; from edgekit.converters.worker import main; main()"
 
 Recipe = Literal["auto", "float32", "float16", "int8-weights", "dynamic", "int8", "int16x8"]
 Progress = Callable[[str, int, int], None]
@@ -399,7 +401,7 @@ def _work(job: Job, progress: Progress) -> Result:
         tempfile.TemporaryFile("w+", errors="replace") as log,
         subprocess.Popen(
             # not with -m, which would import what lies in the user's folder
-            [sys.executable, "-c", "import sys; sys.path.pop(0); from edgekit.converters.worker import main; main()"],
+            [sys.executable, "-c", _WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

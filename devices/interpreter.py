@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
 
 class Model:
-    """A classifier ready to predict. One thread at a time may use it; another may :meth:`tend` and :meth:`close` it.
+    """A classifier ready to predict. Threads that :meth:`predict` with the same one wait for each other; what calls
+    :meth:`preprocess`, :meth:`invoke` and :meth:`decode` itself does so in one thread at a time. Another may
+    :meth:`tend` and :meth:`close` it.
 
     One that streams keeps states from call to call: give it the sound of one source without a gap, or :meth:`reset` it.
 
@@ -71,6 +74,7 @@ class Model:
         kernels = ops if isinstance(ops, CustomOpResolver) else paths_of(ops)
         self.bundle, self.requested_delegate = bundle, delegate
         self.began_s: float | None = None
+        self._in_use = threading.RLock()  # not for close, which ends a call that hangs
         self._chain = Chain(
             bundle, delegate, order=order, runtime=runtime, threads=threads, ops=kernels, strict=strict, hang_s=hang_s
         )
@@ -106,14 +110,15 @@ class Model:
 
     def reset(self) -> None:
         """Forgets the stream so far, as after a gap. Other models have nothing to forget."""
-        preprocess = self._chain.active.preprocess
-        if isinstance(preprocess, StreamPreprocessor):
-            preprocess.reset()
-            try:
-                self._chain.active.backend.reset()
-            except InferenceError as error:
-                self._chain.replace(error)
-        self._forget()
+        with self._in_use:
+            preprocess = self._chain.active.preprocess
+            if isinstance(preprocess, StreamPreprocessor):
+                preprocess.reset()
+                try:
+                    self._chain.active.backend.reset()
+                except InferenceError as error:
+                    self._chain.replace(error)
+            self._forget()
 
     def _forget(self) -> None:
         self._unheard: npt.NDArray[np.float32] = np.empty(0, np.float32)
@@ -136,14 +141,15 @@ class Model:
             BundleError: the runtime failed, and there is nothing to go on with. What the Python kernel of a custom
                 operator raises comes as it is.
         """
-        backend = self._chain.active.backend
-        self.began_s = None if backend.isolated else time.monotonic()
-        try:
-            return backend.invoke(tensor)
-        except InferenceError as error:
-            raise self._chain.replace(error) from error
-        finally:
-            self.began_s = None
+        with self._in_use:
+            backend = self._chain.active.backend
+            self.began_s = None if backend.isolated else time.monotonic()
+            try:
+                return backend.invoke(tensor)
+            except InferenceError as error:
+                raise self._chain.replace(error) from error
+            finally:
+                self.began_s = None
 
     def probe(self) -> None:
         """Predicts once on an input of zeros, to see whether the model works at all; a stream begins anew.
@@ -201,12 +207,13 @@ class Model:
             EdgekitError: the image or sound is of another shape or type, or some samples are NaN or infinite; then a
                 stream begins anew.
         """
-        if isinstance(self._chain.active.preprocess, StreamPreprocessor):
-            return self._predict_stream(
-                image_or_sound, self._chain.active.preprocess.input.hop_samples, threshold, top_k
-            )
-        given = (image_or_sound,) if isinstance(self.bundle.input, AudioInput) else (image_or_sound, channel_order)
-        return self.decode(self.invoke(self.preprocess(*given)), threshold=threshold, top_k=top_k)
+        with self._in_use:
+            if isinstance(self._chain.active.preprocess, StreamPreprocessor):
+                return self._predict_stream(
+                    image_or_sound, self._chain.active.preprocess.input.hop_samples, threshold, top_k
+                )
+            given = (image_or_sound,) if isinstance(self.bundle.input, AudioInput) else (image_or_sound, channel_order)
+            return self.decode(self.invoke(self.preprocess(*given)), threshold=threshold, top_k=top_k)
 
     def _predict_stream(
         self, sound: npt.NDArray[Any], hop_samples: int, threshold: Threshold, top_k: int

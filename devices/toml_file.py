@@ -23,6 +23,10 @@ Struct = TypeVar("Struct", bound=msgspec.Struct)
 MEND = "give it so, or leave it out"
 # What is larger is another file, given by mistake.
 _MOST_BYTES = 1 << 18
+# Of TOML that is right: where texts and comments are, what is open, and where lines end.
+_TOKENS = re.compile(
+    r'''"""(?:\\.|[^\\])*?"{3,5}|'{3}.*?'{3,5}|"(?:\\.|[^"\\])*"|'[^']*'|#[^\n]*|[][{}\n]''', re.DOTALL
+)
 # msgspec's names of types, as people call them.
 _WORDS = {"str": "text", "int": "a number", "float": "a number", "bool": "true or false", "array": "a list"}
 
@@ -59,14 +63,13 @@ class TomlFile:
         if not key:
             return 1
         lines = self._text.split("\n")
-        ends, statement = [0], ""  # of statements, which may have several lines
-        for number, line in enumerate(lines, 1):
-            # One of the lines of a list, which, were it a long one, would be parsed again with each of them.
-            goes_on = bool(statement) and line.rstrip().endswith(",") and "#" not in line
-            statement += line + "\n"
-            if not goes_on and _is_toml(statement):
+        ends, number, depth = [0], 0, 0  # of statements, which may have several lines
+        for token in _TOKENS.findall(self._text):
+            number += token.count("\n")
+            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token, 0)
+            if token == "\n" and not depth:
                 ends.append(number)
-                statement = ""
+        ends.append(len(lines))
         # All up to the end of a statement is TOML too, and has the key from the statement on that gives it.
         first = bisect_left(ends, True, key=lambda end: _holds(_parse("\n".join(lines[:end])), key))
         return ends[first - 1] + 1
@@ -167,14 +170,6 @@ def _parse(text: str) -> dict[str, Any]:
     else:
         import tomli as tomllib
     return tomllib.loads(text)
-
-
-def _is_toml(text: str) -> bool:
-    try:
-        _parse(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _value(data: Any, key: Key) -> Any:

@@ -6,7 +6,8 @@ import hashlib
 import io
 import logging
 import os
-import tempfile
+import secrets
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -24,13 +25,18 @@ logger = logging.getLogger(__name__)
 LABELS_NAME = "labels.txt"
 MANIFEST_NAME = "edgekit.json"
 
+# A larger file is no model for a small device: 2 GB is as far as the offsets in a flatbuffer reach.
+MOST_BYTES = 1 << 31
+# Of a label file, of a manifest, and of the list of the packed files: 20,000 labels are less than half of it.
+_MOST_PACKED_BYTES = 1 << 20
+
 
 @dataclass(frozen=True)
 class File:
     """A ``.tflite`` file that is whole, of whatever kind.
 
-    ``content`` is the flatbuffer alone, ``sha256`` its digest, ``packed`` the files packed behind it, ``manifest`` None
-    where EdgeKit did not write it.
+    ``content`` is the flatbuffer alone, ``sha256`` its digest, ``packed`` the labels and the manifest packed behind it,
+    ``packed_names`` the names of all files there, ``manifest`` None where EdgeKit did not write it.
     """
 
     path: Path
@@ -38,6 +44,7 @@ class File:
     sha256: str
     model: flatbuffer.Model
     packed: dict[str, bytes]
+    packed_names: tuple[str, ...]
     manifest: Manifest | None
 
 
@@ -58,44 +65,44 @@ class Bundle:
     output: Output
 
 
-# Larger files are refused before they are read. A labels file of 20,000 classes has 0.5 MB.
-MAX_BYTES = 512 << 20
-MAX_PACKED_BYTES = 16 << 20
-_IDENTIFIED_BYTES = 8  # an offset of four bytes, then TFL3
-
-
 def read_file(path: str | os.PathLike[str]) -> File:
-    """Reads and checks any ``.tflite`` file.
+    """Reads and checks any ``.tflite`` file. Of what is packed with the model, only the labels and the manifest are
+    read.
 
     Raises:
-        BundleError: the file is missing, cut short, altered or no TFLite model.
+        BundleError: the file is missing, cut short, altered, no TFLite model or over 2 GB, or its labels or its
+            manifest are over 1 MB.
     """
     path = Path(path)
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise BundleError(f"bundle {path} is not a file", mend="give the path of a .tflite file")
-        with path.open("rb") as file:
-            whole = file.read(_IDENTIFIED_BYTES)
-            if whole.endswith(b"TFL3"):  # of any other file no more is read: it may be a video of many GB
-                if os.fstat(file.fileno()).st_size > MAX_BYTES:
-                    raise BundleError(
-                        f"bundle {path}",
-                        expected=f"at most {MAX_BYTES >> 20} MB",
-                        got=f"{os.fstat(file.fileno()).st_size >> 20} MB",
-                        mend="give the path of a .tflite file for small devices",
-                    )
-                whole += file.read()
+        with _Reader(io.FileIO(path)) as file:
+            flatbuffer.check_identifier(file.read(8), str(path))  # before all of another file is read
+            if (size := os.fstat(file.fileno()).st_size) > MOST_BYTES:
+                raise BundleError(
+                    f"bundle {path}", expected="2 GB at most", got=f"{size / 2**30:.1f} GB", mend="give a smaller model"
+                )
+            names, flatbuffer_bytes = _list_packed(file, size, str(path))
+            content = file.read_first(flatbuffer_bytes)
+            model = flatbuffer.Model(content, str(path))
+            wanted = {LABELS_NAME, MANIFEST_NAME, model.label_file}
+            packed = {name: _read_packed(file, name, str(path)) for name in names if name in wanted}
     except OSError as error:
         raise BundleError(f"bundle {path}: {error.strerror}", mend="give the path of a .tflite file") from error
-    packed, flatbuffer_bytes = _unpack(whole, str(path))
-    content = whole[:flatbuffer_bytes]
-    model = flatbuffer.Model(content, str(path))
-    if missing := [name for name in model.associated_files if name and name not in packed]:
+    except MemoryError as error:
+        raise BundleError(f"bundle {path} does not fit in memory", mend="give a smaller model") from error
+    if missing := [name for name in model.associated_files if name and name not in names]:
         raise BundleError(
             f"bundle {path}: the packed file {missing[0]} is missing", mend="it was cut short: copy or convert it again"
         )
     sha256 = hashlib.sha256(content).hexdigest()
-    of_bundle = manifest.decode(packed[MANIFEST_NAME], str(path)) if MANIFEST_NAME in packed else None
+    try:
+        of_bundle = manifest.decode(packed[MANIFEST_NAME], str(path)) if MANIFEST_NAME in packed else None
+    except RecursionError as error:
+        raise BundleError(
+            f"bundle {path}: its manifest is nested too deeply", mend="copy or convert it again"
+        ) from error
     if of_bundle and of_bundle.sha256 != sha256:
         raise BundleError(
             f"bundle {path} was altered",
@@ -103,7 +110,7 @@ def read_file(path: str | os.PathLike[str]) -> File:
             got=f"{sha256[:12]}…",
             mend="copy or convert it again",
         )
-    return File(path, content, sha256, model, packed, of_bundle)
+    return File(path, content, sha256, model, packed, names, of_bundle)
 
 
 def read(path: str | os.PathLike[str], labels: str | os.PathLike[str] | None = None) -> Bundle:
@@ -165,20 +172,17 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place when the block ends well, and is removed otherwise."""
     path = path.resolve()  # the file behind a link, not the link
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        # with the permissions that the user's umask leaves, as any new file
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
     except OSError as error:
         raise EdgekitError(
             f"cannot write {path}: {error.strerror}", mend="give an output path in a folder you can write to"
         ) from error
-    temporary = Path(name)
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     except OSError as error:
         raise EdgekitError(f"cannot write {path}: {error.strerror}", mend="make room or give another path") from error
@@ -189,9 +193,15 @@ def replacing(path: Path) -> Iterator[Path]:
 def read_labels(path: str | os.PathLike[str], classes: int | None = None) -> tuple[str, ...]:
     """The labels in a text file, one a line; checked against the number of classes where that is known."""
     try:
-        return _parse_labels(Path(path).read_bytes(), str(path), classes)
+        with Path(path).open("rb") as file:
+            content = file.read(_MOST_PACKED_BYTES + 1)
     except OSError as error:
         raise EdgekitError(f"labels {path}: {error.strerror}", mend="give a text file with one label a line") from error
+    if len(content) > _MOST_PACKED_BYTES:
+        raise EdgekitError(
+            f"labels {path}", expected="1 MB at most", got="more", mend="give a text file with one label a line"
+        )
+    return _parse_labels(content, str(path), classes)
 
 
 def _parse_labels(content: bytes, where: str, classes: int | None) -> tuple[str, ...]:
@@ -214,27 +224,76 @@ def _parse_labels(content: bytes, where: str, classes: int | None) -> tuple[str,
     return names
 
 
-def _unpack(whole: bytes, where: str) -> tuple[dict[str, bytes], int]:
-    """The packed files, and the length of the flatbuffer before them."""
-    if b"PK\x05\x06" not in whole[-65_557:]:  # end record: 22 bytes and a comment of at most 65,535
-        return {}, len(whole)
+class _Reader(io.BufferedReader):
+    """Reads of a file no more at a time than a list of packed files may have, however long a ZIP says that it is."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        most = _MOST_PACKED_BYTES + 1
+        data = super().read(most if size is None or size < 0 else min(size, most))
+        if len(data) == most:
+            raise zipfile.BadZipFile("there are too many")
+        return data
+
+    def read_first(self, size: int) -> bytes:
+        self.seek(0)
+        return super().read(size)
+
+
+@contextmanager
+def _archive(file: _Reader, where: str) -> Iterator[zipfile.ZipFile]:
+    """The ZIP at the end of ``file``.
+
+    Raises:
+        BundleError: it is damaged, also where the block finds that out.
+    """
     try:
-        with zipfile.ZipFile(io.BytesIO(whole)) as archive:
-            entries = archive.infolist()
-            unpacked_bytes = sum(entry.file_size for entry in entries)  # zipfile inflates no more than these say
-            if unpacked_bytes > MAX_PACKED_BYTES:
-                raise BundleError(
-                    f"bundle {where}: its packed files",
-                    expected=f"at most {MAX_PACKED_BYTES >> 20} MB",
-                    got=f"{unpacked_bytes >> 20} MB",
-                    mend="give a file of a source that you trust",
-                )
-            start = min((entry.header_offset for entry in entries), default=len(whole))
-            return {name: archive.read(name) for name in archive.namelist()}, start
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        with zipfile.ZipFile(file) as archive:
+            yield archive
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+        EOFError,
+        OSError,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
         raise BundleError(
             f"bundle {where}: its packed files cannot be read ({error})", mend="copy or convert it again"
         ) from error
+
+
+def _list_packed(file: _Reader, size: int, where: str) -> tuple[tuple[str, ...], int]:
+    """The names of the packed files, and the length of the flatbuffer before them."""
+    file.seek(max(0, size - 65_557))  # end record: 22 bytes and a comment of at most 65,535
+    if b"PK\x05\x06" not in file.read(65_557):
+        return (), size
+    with _archive(file, where) as archive:
+        start = min((entry.header_offset for entry in archive.infolist()), default=size)
+        if start < 0:
+            raise zipfile.BadZipFile("one begins before the file")
+        return tuple(archive.namelist()), start
+
+
+def _read_packed(file: _Reader, name: str, where: str) -> bytes:
+    with _archive(file, where) as archive:
+        entry = archive.getinfo(name)
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others are not read bit by bit
+            raise zipfile.BadZipFile(f"{name} is neither stored nor deflated")
+        content = b""
+        if entry.file_size <= _MOST_PACKED_BYTES:
+            with archive.open(entry) as packed:
+                while len(content) <= _MOST_PACKED_BYTES and (part := packed.read(1 << 16)):
+                    content += part
+    if max(entry.file_size, len(content)) > _MOST_PACKED_BYTES:
+        raise BundleError(
+            f"bundle {where}: the packed file {name}",
+            expected="1 MB at most",
+            got=f"{max(entry.file_size, len(content)) / 2**20:.1f} MB",
+            mend="convert the model again, with fewer or shorter labels",
+        )
+    return content
 
 
 def _guess_input(model: flatbuffer.Model, path: Path) -> ImageInput:

@@ -144,6 +144,21 @@ class Normalization:
     std: tuple[float, ...]
 
 
+def check_identifier(head: bytes, where: str) -> None:
+    """Checks the first 8 bytes of a file.
+
+    Raises:
+        BundleError: it is no TFLite model.
+    """
+    if head[4:8] != b"TFL3":
+        raise BundleError(
+            f"{where} is not a TFLite model",
+            expected="'TFL3' at byte 4",
+            got=repr(bytes(head[4:8])) if head else "an empty file",
+            mend="give a .tflite file",
+        )
+
+
 class Model:
     """The first subgraph of a ``.tflite`` flatbuffer, wholly read and checked at construction.
 
@@ -153,13 +168,7 @@ class Model:
 
     def __init__(self, content: bytes, where: str = "model") -> None:
         self.where = where
-        if content[4:8] != b"TFL3":
-            raise BundleError(
-                f"{where} is not a TFLite model",
-                expected="'TFL3' at byte 4",
-                got=repr(bytes(content[4:8])) if content else "an empty file",
-                mend="give a .tflite file",
-            )
+        check_identifier(content[:8], where)
         self._read(self._walk, content)
 
     def _read(self, walk: Callable[[bytes], T], content: bytes) -> T:
@@ -191,7 +200,9 @@ class Model:
                 self._data = [buffers[table.number(2, "<I")] if buffers else np.empty(0, np.uint8) for table in tables]
         self.metadata: dict[str, bytes] = {}
         for entry in root.tables(6):
-            self.metadata[entry.string(0)] = buffers[entry.number(1, "<I")].tobytes()
+            data = buffers[entry.number(1, "<I")]
+            if (name := entry.string(0)) == "TFLITE_METADATA":  # others may be large, and nothing here reads them
+                self.metadata[name] = data.tobytes()
 
     @staticmethod
     def _buffer(table: Table, content: bytes) -> npt.NDArray[np.generic]:
@@ -205,9 +216,10 @@ class Model:
     @staticmethod
     def _operator_code(table: Table) -> tuple[str, int, bool]:
         # Codes above 127 do not fit the older int8 field; the newer field is missing in older files.
-        code = max(table.number(0, "<b"), table.number(3))
-        if code < 0:
+        older, newer = table.number(0, "<b"), table.number(3)
+        if min(older, newer) < 0:
             raise ValueError("negative operator code")
+        code = max(older, newer)
         version = table.number(2, default=1)
         if code == BUILTIN_OPERATORS.index("CUSTOM"):
             return table.string(1), version, True

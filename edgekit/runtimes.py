@@ -41,7 +41,10 @@ def find() -> dict[str, Runtime]:
     """
     found = {name: Runtime(name, version, sys.executable) for name, version in installed().items()}
     if python := os.environ.get(PYTHON_VARIABLE):
-        ask = "import sys; sys.path.pop(0); import importlib.metadata as m; print(m.version('tflite-runtime'))"
+        ask = (
+            "import sys; sys.path[:] = [p for p in sys.path if p]; "
+            "import importlib.metadata as m; print(m.version('tflite-runtime'))"
+        )
         try:
             answer = subprocess.run([python, "-c", ask], capture_output=True, text=True, timeout=60)
         except (OSError, subprocess.TimeoutExpired) as error:

@@ -11,6 +11,7 @@ import edgekit
 from edgekit.broker import BrokerAddress
 from edgekit.devices.config import Config, ConfigError, StreamConfig, read_config
 from edgekit.devices.profiles import profile_names
+from edgekit.devices.toml_file import TomlFile
 from edgekit.errors import EdgekitError
 
 pytestmark = pytest.mark.no_runtime
@@ -256,3 +257,36 @@ def test_page_shows_every_key_with_its_default(tmp_path: Path, caplog: pytest.Lo
     (tmp_path / "board.toml").write_text(board)
     assert read(tmp_path, f"profile = 'board.toml'\n{STREAM}").profile == f"{tmp_path}/board.toml"
     assert tuple(sorted(re.findall(r"^\| `([\w-]+)` \|", PAGE.read_text(), re.M))) == profile_names()
+
+
+def test_line_is_found_behind_values_of_several_lines(tmp_path: Path) -> None:
+    labels = "\n".join(f'  ["label ] {i}", {{ n = "}}" }}],  # comment [ {i}' for i in range(2000))
+    text = f'''a = "]"
+b = """
+[ " \\""" # ]
+"""""
+c = ''
+d = [  # ]
+{labels}
+]
+"e ]" = 1
+[t."x ]"]
+f = 1
+[[s]]
+f = 1
+[[s]]
+f = 2
+'''
+    (tmp_path / "x.toml").write_text(text)
+    file = TomlFile(tmp_path / "x.toml", "file")
+    lines = text.split("\n")
+    for key, start in (
+        (("a",), 'a = "]"'),
+        (("b",), 'b = """'),
+        (("c",), "c = ''"),
+        (("d", 1999), "d = [  # ]"),
+        (("e ]",), '"e ]" = 1'),
+        (("t", "x ]", "f"), "f = 1"),
+        (("s", 1, "f"), "f = 2"),
+    ):
+        assert lines[file.line(key) - 1] == start

@@ -238,7 +238,11 @@ def test_without_data_it_says_that_nothing_is_proven(models: Path, edgekit_cli: 
     assert "does not say how its pixels are normalized" in result.stderr
 
 
-def test_module_in_the_users_folder_is_not_imported(models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("safe_path", ["", "1"])
+def test_module_in_the_users_folder_is_not_imported(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, safe_path: str
+) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", safe_path)
     for name in ("random.py", "h5py.py", "data.py"):
         (tmp_path / name).write_text("raise SystemExit('imported the wrong one')")
     code = f"import edgekit; edgekit.convert({str(models / 'colours.keras')!r}, 'out.tflite')"

@@ -102,6 +102,18 @@ def test_foreign_file_is_refused() -> None:
             Model(content, "x.tflite")
 
 
+@pytest.mark.parametrize("field", ["deprecatedBuiltinCode", "builtinCode"])
+def test_negative_operator_code_is_refused(content: bytes, field: str) -> None:
+    schema = pytest.importorskip("ai_edge_litert.schema_py_generated")
+    flatbuffers = pytest.importorskip("flatbuffers")
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
+    setattr(model.operatorCodes[0], field, -5)
+    builder = flatbuffers.Builder(1 << 16)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    with pytest.raises(BundleError, match="operator code"):
+        Model(bytes(builder.Output()))
+
+
 def test_models_made_by_others_are_read(vision_data: Path) -> None:
     for path in vision_data.glob("*.tflite"):
         model = Model(path.read_bytes(), str(path))

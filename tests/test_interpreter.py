@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,13 @@ def test_runtime_that_does_not_fit_numpy_is_an_error(models: Path, monkeypatch: 
 def test_delegate_that_is_not_supported_is_an_error(models: Path) -> None:
     with pytest.raises(BundleError, match="expected auto, cpu, coral, gpu or the path of a delegate library"):
         edgekit.load(models / "int8.tflite", delegate="quantum")
+
+
+def test_threads_may_share_a_model(models: Path, colour: Callable[..., Any]) -> None:
+    labels = ["red", "green", "blue"] * 200
+    images = {label: colour(label) for label in set(labels)}
+    with edgekit.load(models / "float32.tflite") as model, ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda label: model.predict(images[label])[0].label, labels)) == labels
 
 
 @pytest.mark.parametrize("threads", [0, 100_000])

@@ -134,3 +134,9 @@ def test_replay_of_a_stream_feeds_its_states_back(runtime: Any, sound_models: Pa
     np.testing.assert_array_equal(out[0], out[1])
     np.testing.assert_array_equal(out[0], out[2])
     assert not np.allclose(out[0], first[0])
+
+
+def test_python_with_a_safe_path_runs_it(monkeypatch: pytest.MonkeyPatch, runtime: Any, models: Path) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    with Sandbox(runtime, models / "float32.tflite") as trial:
+        assert len(trial.invoke(2)) == 2

@@ -14,7 +14,9 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder's modules must not be taken for others of the same name
+    # This folder's modules must not be taken for others of the same name. PYTHONSAFEPATH leaves it out from the start.
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path.pop(0)
 
 import contextlib
 import json
