@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import logging
+import random
 import socket
+import string
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -26,12 +28,20 @@ pytestmark = pytest.mark.no_runtime
         ("mqtt://ann:s%40crét@10.0.0.1:1884", "mqtt://10.0.0.1:1884", ("ann", "s@crét")),
         ("mqtts://hub", "mqtts://hub:8883", (None, None)),
         ("mqtt://[::1]:99", "mqtt://[::1]:99", (None, None)),
+        ("mqtt://[fe80::1%25lo]:99", "mqtt://[fe80::1%25lo]:99", (None, None)),
+        ("mqtt://[fe80::1%lo]:99", "mqtt://[fe80::1%25lo]:99", (None, None)),
+        ("mqtt://ann:pa$WORD@hub", "mqtt://hub:1883", ("ann", "pa$WORD")),
     ],
 )
 def test_parse_broker(url: str, text: str, credentials: Any) -> None:
     address = parse_broker(url)
     assert (str(address), (address.username, address.password)) == (text, credentials)
-    assert "s@crét" not in repr(address)
+    assert "s@crét" not in repr(address) and "ann" not in repr(address)
+    assert parse_broker(text).host == address.host
+
+
+def test_zone_of_an_address_is_what_the_system_calls_it() -> None:
+    assert parse_broker("mqtt://[fe80::1%25lo]").host == "fe80::1%lo"
 
 
 @pytest.mark.parametrize(
@@ -45,6 +55,58 @@ def test_parse_broker_refuses_other_forms_and_keeps_the_password_to_itself(url: 
     with pytest.raises(BrokerError, match=r"expected (mqtt://|a number from 1 to 65535)") as caught:
         parse_broker(url)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("password", "hun#ter hun/ter hun?ter 12#34 12/34 p@ss/w#rd hun[ter a%ff".split())
+def test_password_that_breaks_the_url_is_answered_with_how_to_write_it(password: str) -> None:
+    with pytest.raises(BrokerError, match=r"percent-encode .* password file") as caught:
+        parse_broker(f"mqtt://hubert:{password}@kitchen:1884")
+    assert not any(part in str(caught.value) for part in ("hubert", "kitchen", "hun", "'ss'", "rd'", "34", "'a%"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["mqtt://$HOST", "mqtt://${HOST}:1883", "mqtt://hub:$PORT", "mqtt://$USER:x@hub", "mqtt://ann:${PW:-none}@hub",
+     "mqtt://ann:$MQTT_PASSWORD@hub", "mqtt://hub/$HOME"],
+)  # fmt: skip
+def test_variable_in_the_url_is_refused(url: str) -> None:
+    with pytest.raises(BrokerError, match="a variable in the broker URL is not replaced"):
+        parse_broker(url)
+
+
+def test_scheme_of_other_programs_is_answered_with_ours() -> None:
+    with pytest.raises(BrokerError, match="got tcp://; write mqtt:// instead"):
+        parse_broker("tcp://hub:1883")
+
+
+def test_no_piece_of_a_password_is_shown_whatever_is_wrong_with_the_url() -> None:
+    chance = random.Random(7)
+    letters = string.ascii_uppercase + string.digits  # pieces that no message has by itself
+    marks = [*"#/?@[]:%\\ \t\n\0&=;$|}é\udce4\u2100\uff1a", "//", "${", "%4", "%ff", "%23", "mqtt://", "@@"]
+    schemes = ["mqtt://", "mqtt://", "mqtt://", "mqtts://", "tcp://", "mqtt:/", "mqtt:", "", "//", "MQTT://", "mqtt//"]
+    ends = ["@hub", "@hub", "@hub:1884", "@hub:x", "@[::1]:99", "@[::1", "@", "@hub/topic", "@hub#x", "@:1"]
+    outcomes: set[str] = set()
+    for _ in range(1000):
+        secret, user = ("".join(chance.choices(letters, k=12)) for _ in range(2))
+        wrapped = secret
+        for _ in range(chance.randrange(3)):
+            at = chance.randrange(len(wrapped) + 1)
+            wrapped = wrapped[:at] + chance.choice(marks) + wrapped[at:]
+        end = chance.choice(ends)
+        url = f"{chance.choice(schemes)}{user}:{wrapped}{end}"
+        if chance.random() < 0.3:  # one more anywhere before the host
+            at = chance.randrange(len(url) - len(end) + 1)
+            url = url[:at] + chance.choice(marks) + url[at + chance.randrange(2) :]
+        try:
+            address = parse_broker(url)
+            shown = f"{address} {address!r}"
+        except BrokerError as error:
+            assert error.__suppress_context__ or not error.__context__  # nor in a traceback
+            shown = str(error)
+        outcomes.add(shown.partition(":")[0])
+        pieces = {text[at : at + 4] for text in (secret, user) for at in range(len(text) - 3)}
+        assert not [piece for piece in pieces if piece.lower() in shown.lower()], url
+    assert len(outcomes) >= 5  # accepted, and refused for several reasons
 
 
 def test_credentials_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
