@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 _USAGE = "mqtt://[user:password@]host[:port], mqtts://…, embedded or none"
 _ENCODE = (
-    "percent-encode each of # / ? @ : [ ] % in user and password (# is %23, / is %2F, ? is %3F, @ is %40), "
-    "or give the password in a password file (--password-file, password_file)"
+    "percent-encode # / ? @ : [ ] % in its user and password (# as %23, / as %2F, ? as %3F, @ as %40), "
+    "or give the password in a password file"
 )
 # What others call ours. Any other scheme may be a user of a URL that begins with it: only these are repeated.
 _SCHEMES = dict.fromkeys(("tcp", "http", "ws"), "mqtt") | dict.fromkeys(("ssl", "tls", "https", "wss"), "mqtts")
@@ -47,6 +47,11 @@ class BrokerAddress:
     certfile: str | None = None
     keyfile: str | None = None
     protocols: tuple[MQTTProtocolVersion, ...] = (MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311)
+
+    def __post_init__(self) -> None:
+        check_text("host of the broker", self.host)
+        check_text("broker's user", self.username)
+        check_text("broker's password", self.password, nul=True)
 
     def __str__(self) -> str:
         host = f"[{self.host.replace('%', '%25')}]" if ":" in self.host else self.host
@@ -77,6 +82,22 @@ class BrokerAddress:
         return context
 
 
+def check_text(what: str, text: str | None, nul: bool = False) -> None:
+    """Refuses what MQTT cannot carry as a text: one from bytes that are not UTF-8, too long, or with a NUL in it.
+
+    Raises:
+        BrokerError: names ``what`` it is, not the text, which may be a password.
+    """
+    try:
+        size = len((text or "").encode())
+    except UnicodeEncodeError:
+        raise BrokerError(f"{what} is not valid UTF-8", mend="write it in UTF-8 where it is given") from None
+    if size > 65535:
+        raise BrokerError(what, expected="at most 65,535 bytes", got=f"{size:,}", mend="give a shorter one")
+    if not nul and "\0" in (text or ""):
+        raise BrokerError(f"{what} holds a NUL character", mend="give one without")
+
+
 def is_embedded(url: str | BrokerAddress) -> TypeIs[str]:
     """Whether it asks for a broker in this process."""
     return isinstance(url, str) and (url == "embedded" or url.startswith("embedded:"))
@@ -101,6 +122,7 @@ def parse_broker(
     """
     if isinstance(broker, BrokerAddress):
         return broker
+    check_text("broker URL", broker, nul=True)
     parts, host, port = _split(broker.strip())
     tls = parts.scheme == "mqtts"
     given = os.environ.get
@@ -170,14 +192,14 @@ def _password(file: str | None) -> str | None:
     if not (file := file or os.environ.get("EDGEKIT_MQTT_PASSWORD_FILE")):
         return None
     try:
-        text = Path(file).read_text()
+        text = Path(file).read_text(encoding="utf-8-sig")  # Windows begins a text file with a mark
         if Path(file).stat().st_mode & 0o004:
             logger.warning("everyone on this machine can read the password in %s; chmod 600 it", file)
     except (OSError, UnicodeDecodeError) as error:
         raise BrokerError(
             f"password file {file}",
             expected="a text file with the password in its first line",
-            got=str(getattr(error, "strerror", "") or "other bytes"),
+            got=str(getattr(error, "strerror", "") or "bytes that are not UTF-8"),
             mend="check --password-file",
-        ) from error
+        ) from (None if isinstance(error, UnicodeDecodeError) else error)  # it holds the bytes
     return text.split("\n", 1)[0].rstrip("\r")

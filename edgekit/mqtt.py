@@ -19,7 +19,7 @@ from paho.mqtt.client import MQTTMessage
 from paho.mqtt.enums import MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
-from edgekit.broker import BrokerAddress
+from edgekit.broker import BrokerAddress, check_text
 from edgekit.errors import BrokerError
 from edgekit.mqtt_client import ANSWER_TIMEOUT_S, Client
 
@@ -74,7 +74,7 @@ class Connection:
             it wants to be called again.
 
     Raises:
-        BrokerError: a certificate cannot be read.
+        BrokerError: a certificate cannot be read, or MQTT cannot carry the client id or a topic.
     """
 
     def __init__(
@@ -95,6 +95,9 @@ class Connection:
         on_subscribe: Callable[[list[ReasonCode]], None] | None = None,
         on_turn: Callable[[], float | None] | None = None,
     ) -> None:
+        check_text("client id", client_id)
+        for topic in (*subscriptions, *(will or ())[:1]):
+            check_text("topic", topic)
         self.address, self._client_id, self._subscriptions = address, client_id, tuple(subscriptions)
         self._options: dict[str, Any] = {
             "will": will,
@@ -122,6 +125,7 @@ class Connection:
         self._changed = threading.Condition()
         self._error: BrokerError | None = None  # why the last attempt failed
         self._refused = False  # and that trying again is of no use before someone mends it
+        self._broken = False  # and that it is a fault of ours, which nobody should wait for
         self._wake_r, self._wake_w = socket.socketpair()
         self._wake_r.setblocking(False)
         self._wake_w.setblocking(False)
@@ -137,11 +141,11 @@ class Connection:
 
         Args:
             patience_s: keep trying for so long where the broker cannot be reached; None: not having reached it is no
-                error, and it goes on trying.
+                error, and the thread keeps trying.
             stop: with ``patience_s`` None, ends the waiting when set.
 
         Raises:
-            BrokerError: the broker refuses the connection, or cannot be reached.
+            BrokerError: the broker refuses the connection, or cannot be reached; or the thread fails.
         """
         self._awaited = bool(patience_s)
         started_s = time.monotonic()
@@ -149,8 +153,10 @@ class Connection:
             self._thread.start()
             with self._changed:
                 while not self.connected:
-                    if self._refused and self._error:
+                    if self._error and (self._refused or (self._broken and patience_s is not None)):
                         raise self._error
+                    if not self._thread.is_alive():
+                        raise self._error or self._fault()
                     waited_s = time.monotonic() - started_s
                     if patience_s is None and (self._error or waited_s > START_S or (stop and stop.is_set())):
                         return False
@@ -213,19 +219,26 @@ class Connection:
 
     def _run(self) -> None:
         wait_s = 0.0
+        ended: BaseException | None = None
         try:
             while not self._closing.is_set():
                 try:
                     self._turn(wait_s)
                     wish_s = self._on_turn() if self._on_turn else None
-                except Exception:  # a fault of ours must not end a service for good
+                except Exception as error:  # a fault of ours must not end a service for good
                     logger.exception("unexpected error; connecting to %s again", self.address)
-                    self._recover()
+                    self._recover(error)
+                    self._closing.wait(BACKOFF_S[0])  # one that comes at each turn must not keep a processor busy
                     wish_s = None
                 wait_s = 1.0 if wish_s is None else min(1.0, max(0.0, wish_s))
             self._hang_up()
+        except BaseException as error:
+            ended = error
+            raise
         finally:
             self._release()
+            if ended:
+                self._break(ended)
 
     def _turn(self, wait_s: float) -> None:
         now_s = time.monotonic()
@@ -275,8 +288,8 @@ class Connection:
                 if self._dialled:
                     self._hang_up_on(client)
 
-        self._dialling = True
         threading.Thread(target=dial, name=f"dial-{self._client_id}", daemon=True).start()
+        self._dialling = True  # not where no thread can be started
 
     def _take_over(self, client: Client, error: Exception | None) -> None:
         self._dialled, self._dialling = None, False
@@ -330,7 +343,7 @@ class Connection:
         self._since_s, self._settled, self._told = time.monotonic(), True, ""
         logger.info("connected to %s with %s", self.address, _NAMES[self.protocol])
         with self._changed:
-            self.connected, self._error, self._refused = True, None, False
+            self.connected, self._error, self._refused, self._broken = True, None, False, False
             self._changed.notify_all()
         if self._subscriptions:
             self.client.subscribe([(topic_filter, 1) for topic_filter in self._subscriptions])
@@ -376,7 +389,7 @@ class Connection:
             self._told, self._told_s = what, now_s
             logger.log(logging.ERROR if refused else logging.WARNING, "%s; %s; trying again", what, mend)
         with self._changed:
-            self._error, self._refused = BrokerError(what, mend=mend), refused
+            self._error, self._refused, self._broken = BrokerError(what, mend=mend), refused, False
             self._changed.notify_all()
 
     def _back_off(self) -> None:
@@ -396,12 +409,31 @@ class Connection:
             self._sock.close()
             self._sock = None
 
-    def _recover(self) -> None:
-        if self.connected:
-            self._lost("an error of ours")
-        else:
-            self._drop()
+    def _recover(self, error: Exception) -> None:
+        try:
+            if self.connected:
+                self._lost("an error of ours")
+            else:
+                self._drop()
+                self._back_off()
+        except Exception:  # of a callback, or one that the same fault brings
+            logger.exception("unexpected error while the connection to %s is given up", self.address)
             self._back_off()
+        self._break(error)
+
+    def _break(self, error: BaseException) -> None:
+        """Whoever waits for a connection is to hear of a fault of ours."""
+        with self._changed:
+            self._error, self._refused, self._broken = self._fault(error), False, True
+            self._changed.notify_all()
+
+    def _fault(self, error: BaseException | None = None) -> BrokerError:
+        fault = BrokerError(
+            f"connection to broker {self.address} failed by an error of EdgeKit ({type(error).__name__})",
+            mend="report it with what the log says",
+        )
+        fault.__cause__ = error
+        return fault
 
     @staticmethod
     def _hang_up_on(client: Client) -> None:

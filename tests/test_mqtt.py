@@ -128,6 +128,44 @@ def test_password_comes_from_a_file(by: str, tmp_path: Path, monkeypatch: pytest
     assert "everyone on this machine can read" in caplog.text and "s3cret" not in caplog.text
 
 
+def test_mark_that_windows_begins_a_file_with_is_no_part_of_the_password(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_bytes(b"\xef\xbb\xbfs3cret\r\n")
+    assert parse_broker("mqtt://ann@hub", password_file=str(file)).password == "s3cret"
+    file.write_bytes("s3cret\r\n".encode("utf-16"))
+    with pytest.raises(BrokerError, match=r"password file .*not UTF-8"):
+        parse_broker("mqtt://ann@hub", password_file=str(file))
+
+
+@pytest.mark.parametrize("name", ["USERNAME", "PASSWORD"])
+def test_user_or_password_that_is_no_text_is_refused_where_it_comes_in(name: str, monkeypatch: Any) -> None:
+    monkeypatch.setenv(f"EDGEKIT_MQTT_{name}", "hunter\udce4")
+    with pytest.raises(BrokerError, match=r"(user|password) is not valid UTF-8") as caught:
+        parse_broker("mqtt://hub")
+    assert "hunter" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["mqtt://ann:p\udce4@hub", "mqtt://\udce4:p@hub", "mqtt://hub\udce4", "mqtt://ann:p%e4@hub", "mqtt://%e4@hub"],
+)
+def test_url_that_is_no_text_is_refused(url: str) -> None:
+    with pytest.raises(BrokerError, match="not valid UTF-8"):
+        parse_broker(url)
+
+
+@pytest.mark.parametrize("url", ["mqtt://a%00b@hub", f"mqtt://{'a' * 70000}@hub", f"mqtt://a:{'a' * 70000}@hub"])
+def test_user_or_password_that_mqtt_cannot_carry_is_refused(url: str) -> None:
+    with pytest.raises(BrokerError, match=r"(NUL|at most 65,535 bytes)"):
+        parse_broker(url)
+
+
+@pytest.mark.parametrize("client_id", ["p\udce4", "a\0b", "a" * 70000])
+def test_client_id_that_mqtt_cannot_carry_is_refused(client_id: str) -> None:
+    with pytest.raises(BrokerError, match="client id"):
+        Connection(parse_broker("mqtt://hub"), client_id)
+
+
 def test_password_file_that_is_not_there_is_named() -> None:
     with pytest.raises(BrokerError, match=r"password file /nowhere: .*No such file"):
         parse_broker("mqtt://hub", password_file="/nowhere")
@@ -172,6 +210,37 @@ def test_unreachable_broker_is_told_apart(host: str, free_port: Callable[[], int
     with pytest.raises(BrokerError, match="cannot be reached"):
         connection(f"mqtt://{host}:{free_port()}").start()
     assert not connection(f"mqtt://{host}:{free_port()}").start(patience_s=None)
+
+
+class End(BaseException):
+    """Ends a thread."""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("fault", [RuntimeError, End])
+@pytest.mark.parametrize("patience_s", [0, 600])
+def test_who_waits_for_a_connection_hears_of_a_fault_of_ours(
+    fault: type[BaseException], patience_s: int, broker: Any, connection: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def client(*_arguments: Any, **_options: Any) -> Any:
+        raise fault("one")
+
+    monkeypatch.setattr("edgekit.mqtt.Client", client)
+    with pytest.raises(BrokerError, match="failed by an error of EdgeKit"):
+        connection(broker.url).start(patience_s)
+
+
+def test_fault_of_ours_that_passes_ends_no_service(broker: Any, connection: Any, monkeypatch: Any, until: Any) -> None:
+    monkeypatch.setattr("edgekit.mqtt.BACKOFF_S", (0.05, 0.2))
+    faults = [RuntimeError("in a callback"), RuntimeError("in another one")]
+
+    def fail() -> None:
+        if faults:
+            raise faults.pop()
+
+    one = connection(broker.url, on_connect=fail, on_disconnect=fail)
+    one.start(patience_s=None)
+    until(lambda: not faults and one.connected)
 
 
 def test_patience_waits_for_a_broker_that_comes_later(mosquitto: Callable[..., Any], connection: Any) -> None:
