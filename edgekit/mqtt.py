@@ -21,7 +21,16 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from edgekit.broker import BrokerAddress, check_text
 from edgekit.errors import BrokerError
-from edgekit.mqtt_client import ANSWER_TIMEOUT_S, Client
+from edgekit.mqtt_client import (
+    ANSWER_TIMEOUT_S,
+    BAD_CREDENTIALS,
+    CLIENT_ID_INVALID,
+    NOT_AUTHORIZED,
+    UNAVAILABLE,
+    UNSPECIFIED,
+    UNSUPPORTED_VERSION,
+    Client,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,16 +44,9 @@ BACKOFF_S = (0.5, 30.0)
 GOOD_S = 5.0
 # A broker that stays away is told of again so often.
 REMIND_S = 600.0
-# Answers of a broker that may let us in later; all others ask for someone to mend the configuration.
-_TEMPORARY = {
-    "Unspecified error",
-    "Implementation specific error",
-    "Server unavailable",
-    "Server busy",
-    "Server shutting down",
-    "Quota exceeded",
-    "Connection rate exceeded",
-}
+# Answers of a broker that may let us in later: it is unavailable, busy, shutting down, over a quota or a rate, or gives
+# no reason. All others need a change of the configuration.
+_TEMPORARY = {UNSPECIFIED, 0x83, UNAVAILABLE, 0x89, 0x8B, 0x97, 0x9F}
 
 
 def unique_client_id(purpose: str) -> str:
@@ -329,16 +331,17 @@ class Connection:
         name = answer.getName()
         if answer.is_failure:
             self._drop()
-            if name == "Unsupported protocol version":
+            if answer.value == UNSUPPORTED_VERSION:
                 self._hung_up()
-            elif name in _TEMPORARY:
+            elif answer.value in _TEMPORARY:
                 self._fail(f"broker {self.address} takes no connection now: {name.lower()}", "look at its log")
             else:
-                self._fail(
-                    f"broker {self.address} refused the connection: {name.lower()}",
-                    "check the user and password, and the broker's access rules",
-                    refused=True,
-                )
+                mend = "look at the broker's log"
+                if answer.value in (BAD_CREDENTIALS, NOT_AUTHORIZED):
+                    mend = "check the user and password, and the broker's access rules"
+                elif answer.value == CLIENT_ID_INVALID:
+                    mend = f"the broker's rules allow no client that calls itself {self._client_id}"
+                self._fail(f"broker {self.address} refused the connection: {name.lower()}", mend, refused=True)
             return
         self._since_s, self._settled, self._told = time.monotonic(), True, ""
         logger.info("connected to %s with %s", self.address, _NAMES[self.protocol])

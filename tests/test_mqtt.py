@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import socket
@@ -306,6 +307,58 @@ def test_peer_that_is_no_broker_is_an_error(hang_up: bool, connection: Any, monk
             connection(f"mqtt://127.0.0.1:{server.getsockname()[1]}").start()
         for peer in peers:
             peer.close()
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[bytes], int]]:
+    """Makes servers that give each CONNECT the same answer and hang up; the port of each."""
+    servers: list[socket.socket] = []
+
+    def make(answer: bytes) -> int:
+        server = socket.create_server(("127.0.0.1", 0))
+        servers.append(server)
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # closed
+                while True:
+                    peer, _ = server.accept()
+                    with peer:
+                        peer.recv(1000)
+                        peer.sendall(answer)
+                        peer.settimeout(5)
+                        while peer.recv(1000):
+                            pass
+
+        threading.Thread(target=serve, daemon=True).start()
+        return int(server.getsockname()[1])
+
+    yield make
+    for server in servers:
+        with contextlib.suppress(OSError):
+            server.shutdown(socket.SHUT_RDWR)
+        server.close()
+
+
+def connack(reason: int) -> bytes:
+    return bytes([0x20, 3, 0, reason, 0])
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [(0x80, "takes no connection now"), (0x88, "takes no connection now"), (0x97, "takes no connection now"),
+     (0x85, "refused the connection.*calls itself one"), (0x86, "refused the connection.*user and password"),
+     (0x95, "refused the connection.*log")],
+)  # fmt: skip
+def test_reason_of_a_refusal_says_what_to_do(reason: int, said: str, answering: Any, connection: Any) -> None:
+    with pytest.raises(BrokerError, match=said):
+        connection(f"mqtt://127.0.0.1:{answering(connack(reason))}").start()
+
+
+def test_reasons_are_known_by_their_number(answering: Any, connection: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their names are paho's, and may change."""
+    monkeypatch.setattr("paho.mqtt.reasoncodes.ReasonCode.getName", lambda _reason: "another name")
+    with pytest.raises(BrokerError, match="takes no connection now: another name"):
+        connection(f"mqtt://127.0.0.1:{answering(connack(0x88))}").start()
 
 
 def test_connects_again_and_forgets_what_was_under_way(
