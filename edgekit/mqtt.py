@@ -26,6 +26,7 @@ from edgekit.mqtt_client import (
     BAD_CREDENTIALS,
     CLIENT_ID_INVALID,
     NOT_AUTHORIZED,
+    SESSION_TAKEN_OVER,
     UNAVAILABLE,
     UNSPECIFIED,
     UNSUPPORTED_VERSION,
@@ -42,6 +43,7 @@ START_S = 3.0
 BACKOFF_S = (0.5, 30.0)
 # A connection that held for so long was a good one: the waits begin anew.
 GOOD_S = 5.0
+_OURS = -1  # no broker's reason
 # A broker that stays away is told of again so often.
 REMIND_S = 600.0
 # Answers of a broker that may let us in later: it is unavailable, busy, shutting down, over a quota or a rate, or gives
@@ -316,7 +318,7 @@ class Connection:
         if client.answer is not None and not self.connected:
             self._judge(client.answer)
         elif self.connected and client.socket() is None:
-            self._lost(client.lost_because)
+            self._lost(client.lost_because, client.lost_code)
         elif not self.connected and (client.socket() is None or time.monotonic() - self._since_s > ANSWER_TIMEOUT_S):
             self._drop()
             self._hung_up()
@@ -353,18 +355,20 @@ class Connection:
         if self._on_connect:
             self._on_connect()
 
-    def _lost(self, why: str) -> None:
+    def _lost(self, why: str, code: int) -> None:
         self._drop()
         self.connected = False
         logger.warning("connection to %s lost: %s; connecting again", self.address, why)
         if time.monotonic() - self._since_s > GOOD_S:
             self._failures = 0
-        elif self._failures == 3:  # not every broker tells
-            logger.error(
-                "connections to %s are lost within seconds: another client may call itself %s too; "
-                "give each device an id, and each of its runs a stream of its own",
-                self.address, self._client_id,
-            )  # fmt: skip
+        elif self._failures == 3:
+            mend = "look at the broker's log, and at its limits"
+            if code == _OURS:
+                mend = "report it with what the log says"
+            elif code in (UNSPECIFIED, SESSION_TAKEN_OVER):
+                why = f"another client may call itself {self._client_id} too"  # not every broker gives its reason
+                mend = "give each device an id, and each of its runs a stream of its own; or look at the broker's log"
+            logger.error("connections to %s are lost within seconds: %s; %s", self.address, why, mend)
         self._back_off()
         if self._on_disconnect:
             self._on_disconnect()
@@ -415,7 +419,7 @@ class Connection:
     def _recover(self, error: Exception) -> None:
         try:
             if self.connected:
-                self._lost("an error of ours")
+                self._lost("an error of ours", _OURS)
             else:
                 self._drop()
                 self._back_off()

@@ -310,11 +310,11 @@ def test_peer_that_is_no_broker_is_an_error(hang_up: bool, connection: Any, monk
 
 
 @pytest.fixture
-def answering() -> Iterator[Callable[[bytes], int]]:
-    """Makes servers that give each CONNECT the same answer and hang up; the port of each."""
+def answering() -> Iterator[Callable[..., int]]:
+    """Makes servers that give each CONNECT the same answer, and hang up unless they stay; the port of each."""
     servers: list[socket.socket] = []
 
-    def make(answer: bytes) -> int:
+    def make(answer: bytes, stay: bool = True) -> int:
         server = socket.create_server(("127.0.0.1", 0))
         servers.append(server)
 
@@ -326,7 +326,7 @@ def answering() -> Iterator[Callable[[bytes], int]]:
                         peer.recv(1000)
                         peer.sendall(answer)
                         peer.settimeout(5)
-                        while peer.recv(1000):
+                        while stay and peer.recv(1000):
                             pass
 
         threading.Thread(target=serve, daemon=True).start()
@@ -426,6 +426,34 @@ def test_second_client_of_the_same_name_is_named_as_the_reason(
     first.start()
     second.start()
     until(lambda: "another client may call itself one" in caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("goodbye", "said"),
+    [(bytes([0xE0, 1, 0x95]), "packet too large"), (bytes([0xE0, 1, 0x82]), "protocol error"),
+     (bytes([0xE0, 1, 0x97]), "quota exceeded"), (b"", "another client may call itself one")],
+)  # fmt: skip
+def test_reason_that_the_broker_gives_is_that_of_a_quick_loss(
+    goodbye: bytes, said: str, answering: Any, connection: Any, monkeypatch: Any, caplog: Any, until: Any
+) -> None:
+    monkeypatch.setattr("edgekit.mqtt.BACKOFF_S", (0.05, 0.1))
+    connection(f"mqtt://127.0.0.1:{answering(connack(0) + goodbye, stay=False)}").start(patience_s=None)
+    until(lambda: "lost within seconds" in caplog.text)
+    line = next(line for line in caplog.text.splitlines() if "lost within seconds" in line)
+    assert said in line and ("another client" in line) == (not goodbye)
+
+
+def test_fault_of_ours_is_blamed_on_no_other_client(
+    broker: Any, connection: Any, monkeypatch: Any, caplog: Any, until: Any
+) -> None:
+    monkeypatch.setattr("edgekit.mqtt.BACKOFF_S", (0.05, 0.1))
+
+    def fail() -> None:
+        raise RuntimeError("one")
+
+    connection(broker.url, on_connect=fail).start(patience_s=None)
+    until(lambda: "lost within seconds: an error of ours" in caplog.text)
+    assert "another client" not in caplog.text
 
 
 def test_session_is_kept_for_who_asks_for_it(broker: Any, connection: Any, until: Any) -> None:
