@@ -43,6 +43,21 @@ START_S = 3.0
 BACKOFF_S = (0.5, 30.0)
 # A connection that held for so long was a good one: the waits begin anew.
 GOOD_S = 5.0
+# What to do about a broker's certificate that is refused, by OpenSSL's code of the reason.
+_CERTIFICATE = "give the authority that signed its certificate with --cafile, and the name that is in it"
+_AUTHORITY = "give the authority that signed its certificate with --cafile"
+_CHAIN = f"{_AUTHORITY}; if one in between signed it, the broker must send the certificate of that one too"
+_NAME = "its certificate is for another host; give a name or address that is in it, or a certificate with this one"
+_CERTIFICATES = {
+    9: "its certificate is not valid yet; check the clock of this device, and from when it is valid",
+    10: "its certificate has expired; renew it, or check the clock of this device",
+    18: "its certificate is signed by itself; give that with --cafile",
+    19: _AUTHORITY,
+    20: _CHAIN,
+    21: _CHAIN,
+    62: _NAME,  # host
+    64: _NAME,  # IP address
+}
 _OURS = -1  # no broker's reason
 # A broker that stays away is told of again so often.
 REMIND_S = 600.0
@@ -300,7 +315,7 @@ class Connection:
         if error:
             mend = "check host and port, and that the broker runs"
             if isinstance(error, ssl.SSLCertVerificationError):
-                mend = "give the authority that signed its certificate with --cafile, and the name that is in it"
+                mend = _CERTIFICATES.get(error.verify_code, _CERTIFICATE)
             elif isinstance(error, ssl.SSLError):
                 mend = "check that it speaks TLS on this port"
             self._fail(f"broker {self.address} cannot be reached ({error})", mend)

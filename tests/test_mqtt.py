@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import shutil
 import socket
 import string
 import subprocess
@@ -543,3 +544,48 @@ def test_tls_with_an_authority_of_ones_own_and_a_client_certificate(
         start(cafile="none.pem")
     with pytest.raises(BrokerError, match=r"certificate .*/client.pem of broker"):
         start(cafile="ca.pem", certfile="client.pem", keyfile="server.key")
+
+
+@pytest.mark.parametrize(
+    ("which", "said"),
+    [("early", r"not valid yet; check the clock"), ("late", r"has expired; renew it, or check the clock"),
+     ("elsewhere", r"for another host; give a name"), ("between", r"--cafile; if one in between"),
+     ("itself", r"signed by itself; .*--cafile")],
+)  # fmt: skip
+def test_certificate_that_is_refused_is_answered_with_what_is_wrong_with_it(
+    which: str, said: str, mosquitto: Callable[..., Any], certificates: Path, tmp_path: Path, connection: Any
+) -> None:
+    for path in certificates.iterdir():
+        shutil.copy(path, tmp_path)
+    (tmp_path / "new").touch()
+    (tmp_path / "serial").write_text("01")
+    (tmp_path / "ca.conf").write_text(
+        "[ca]\nunique_subject=no\ndatabase=new\nserial=serial\nnew_certs_dir=.\ndefault_md=sha256\npolicy=any\n"
+        "[any]\ncommonName=supplied\n"
+    )
+    days = {"early": ("21000101", "21000201"), "late": ("20200101", "20200201")}.get(which, ("20200101", "21000101"))
+    (tmp_path / "names").write_text(f"subjectAltName=IP:{'10.9.8.7' if which == 'elsewhere' else '127.0.0.1'}")
+    authority = "ca"
+    if which == "between":
+        authority = "between"
+        (tmp_path / "authority").write_text("basicConstraints=critical,CA:true")
+        openssl(tmp_path, "req -newkey rsa:2048 -nodes -subj /CN=between -keyout between.key -out between.csr")
+        openssl(
+            tmp_path,
+            "x509 -req -in between.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -out between.pem"
+            " -extfile authority",
+        )
+    signer = "-selfsign -keyfile server.key" if which == "itself" else f"-cert {authority}.pem -keyfile {authority}.key"
+    openssl(
+        tmp_path,
+        f"ca -batch -config ca.conf -name ca {signer} -in server.csr -out server.pem -extfile names -notext"
+        f" -startdate {days[0]}000000Z -enddate {days[1]}000000Z",
+    )
+    for path in (tmp_path, *tmp_path.iterdir()):
+        path.chmod(0o755)
+    broker = mosquitto(
+        "allow_anonymous true", f"certfile {tmp_path}/server.pem", f"keyfile {tmp_path}/server.key", "user root"
+    )
+    one = Connection(parse_broker(f"mqtts://127.0.0.1:{broker.port}", cafile=str(certificates / "ca.pem")), "one")
+    with pytest.raises(BrokerError, match=said):
+        one.start()
