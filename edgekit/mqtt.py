@@ -44,11 +44,12 @@ BACKOFF_S = (0.5, 30.0)
 # A connection that held for so long was a good one: the waits begin anew.
 GOOD_S = 5.0
 # What to do about a broker's certificate that is refused, by OpenSSL's code of the reason.
-_CERTIFICATE = "give the authority that signed its certificate with --cafile, and the name that is in it"
+_CERTIFICATE = "have its certificate, and that of its authority, made without this fault"
 _AUTHORITY = "give the authority that signed its certificate with --cafile"
 _CHAIN = f"{_AUTHORITY}; if one in between signed it, the broker must send the certificate of that one too"
 _NAME = "its certificate is for another host; give a name or address that is in it, or a certificate with this one"
 _CERTIFICATES = {
+    2: _CHAIN,
     9: "its certificate is not valid yet; check the clock of this device, and from when it is valid",
     10: "its certificate has expired; renew it, or check the clock of this device",
     18: "its certificate is signed by itself; give that with --cafile",

@@ -498,7 +498,9 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("certificates")
     for name in ("ca", "other"):
         openssl(
-            folder, f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN={name} -keyout {name}.key -out {name}.pem"
+            folder,
+            f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN={name} -keyout {name}.key -out {name}.pem"
+            " -addext keyUsage=critical,keyCertSign,cRLSign",  # Python 3.13 asks for it
         )
     (folder / "names").write_text("subjectAltName=IP:127.0.0.1")
     for name in ("server", "client"):
@@ -568,7 +570,7 @@ def test_certificate_that_is_refused_is_answered_with_what_is_wrong_with_it(
     authority = "ca"
     if which == "between":
         authority = "between"
-        (tmp_path / "authority").write_text("basicConstraints=critical,CA:true")
+        (tmp_path / "authority").write_text("basicConstraints=critical,CA:true\nkeyUsage=critical,keyCertSign")
         openssl(tmp_path, "req -newkey rsa:2048 -nodes -subj /CN=between -keyout between.key -out between.csr")
         openssl(
             tmp_path,
