@@ -5,7 +5,6 @@ import logging
 import random
 import shutil
 import socket
-import string
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -83,7 +82,7 @@ def test_scheme_of_other_programs_is_answered_with_ours() -> None:
 
 def test_no_piece_of_a_password_is_shown_whatever_is_wrong_with_the_url() -> None:
     chance = random.Random(7)
-    letters = string.ascii_uppercase + string.digits  # pieces that no message has by itself
+    letters = "QXZJVWKGY7"  # in pieces that no message has by itself
     marks = [*"#/?@[]:%\\ \t\n\0&=;$|}é\udce4\u2100\uff1a", "//", "${", "%4", "%ff", "%23", "mqtt://", "@@"]
     schemes = ["mqtt://", "mqtt://", "mqtt://", "mqtts://", "tcp://", "mqtt:/", "mqtt:", "", "//", "MQTT://", "mqtt//"]
     ends = ["@hub", "@hub", "@hub:1884", "@hub:x", "@[::1]:99", "@[::1", "@", "@hub/topic", "@hub#x", "@:1"]
