@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from paho.mqtt.enums import MQTTProtocolVersion
 
@@ -26,22 +26,14 @@ class EmbeddedBroker:
         url: ``embedded`` (127.0.0.1:1883) or ``embedded://host:port``.
 
     Raises:
-        BrokerError: the port is taken.
+        BrokerError: ``url`` is of another form, or the port is taken.
     """
 
     def __init__(self, url: str = "embedded") -> None:
         from amqtt.broker import Broker
 
         _mend_amqtt()
-        try:
-            parts = urlsplit(url if "://" in url else "embedded://")
-            self.address = BrokerAddress(
-                parts.hostname or "127.0.0.1", parts.port or 1883, protocols=(MQTTProtocolVersion.MQTTv311,)
-            )
-        except ValueError:
-            raise BrokerError(
-                f"broker {url}", expected="embedded or embedded://host:port", mend="give a number as the port"
-            ) from None
+        self.address = _address(url)
         # amqtt logs an error for each MQTT 5 client, which connects again with 3.1.1
         logging.getLogger("amqtt").setLevel(logging.CRITICAL)
         self._loop = asyncio.new_event_loop()
@@ -60,9 +52,11 @@ class EmbeddedBroker:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(15)
 
     async def _start(self, broker_class: Any) -> Any:
+        # amqtt takes what is before the last colon for the host, and keeps the brackets of an IPv6 address
+        bind = f"{self.address.host}:{self.address.port}"
         broker = broker_class(
             {
-                "listeners": {"default": {"type": "tcp", "bind": f"{self.address.host}:{self.address.port}"}},
+                "listeners": {"default": {"type": "tcp", "bind": bind}},
                 "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
             }
         )
@@ -118,6 +112,26 @@ class EmbeddedBroker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _address(url: str) -> BrokerAddress:
+    """The message of its error does not repeat the URL, which may hold a password meant for another broker."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+        more = parts.path.strip("/") or parts.query or parts.fragment
+        if url != "embedded" and (parts.scheme != "embedded" or "@" in url or port == 0 or more):
+            raise ValueError
+    except ValueError:
+        raise BrokerError(
+            "embedded broker",
+            expected="embedded or embedded://host:port",
+            mend="give a host and the number of a port alone: it asks for no user or password",
+        ) from None
+    host = parts.hostname or "127.0.0.1"
+    return BrokerAddress(
+        unquote(host) if ":" in host else host, port or 1883, protocols=(MQTTProtocolVersion.MQTTv311,)
+    )
 
 
 def _mend_amqtt() -> None:

@@ -19,9 +19,19 @@ from paho.mqtt.client import MQTTMessage
 from paho.mqtt.enums import MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
-from edgekit.broker import BrokerAddress
+from edgekit.broker import BrokerAddress, check_text
 from edgekit.errors import BrokerError
-from edgekit.mqtt_client import ANSWER_TIMEOUT_S, Client
+from edgekit.mqtt_client import (
+    ANSWER_TIMEOUT_S,
+    BAD_CREDENTIALS,
+    CLIENT_ID_INVALID,
+    NOT_AUTHORIZED,
+    SESSION_TAKEN_OVER,
+    UNAVAILABLE,
+    UNSPECIFIED,
+    UNSUPPORTED_VERSION,
+    Client,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -33,18 +43,28 @@ START_S = 3.0
 BACKOFF_S = (0.5, 30.0)
 # A connection that held for so long was a good one: the waits begin anew.
 GOOD_S = 5.0
+# What to do about a broker's certificate that is refused, by OpenSSL's code of the reason.
+_CERTIFICATE = "have its certificate, and that of its authority, made without this fault"
+_AUTHORITY = "give the authority that signed its certificate with --cafile"
+_CHAIN = f"{_AUTHORITY}; if one in between signed it, the broker must send the certificate of that one too"
+_NAME = "its certificate is for another host; give a name or address that is in it, or a certificate with this one"
+_CERTIFICATES = {
+    2: _CHAIN,
+    9: "its certificate is not valid yet; check the clock of this device, and from when it is valid",
+    10: "its certificate has expired; renew it, or check the clock of this device",
+    18: "its certificate is signed by itself; give that with --cafile",
+    19: _AUTHORITY,
+    20: _CHAIN,
+    21: _CHAIN,
+    62: _NAME,  # host
+    64: _NAME,  # IP address
+}
+_OURS = -1  # no broker's reason
 # A broker that stays away is told of again so often.
 REMIND_S = 600.0
-# Answers of a broker that may let us in later; all others ask for someone to mend the configuration.
-_TEMPORARY = {
-    "Unspecified error",
-    "Implementation specific error",
-    "Server unavailable",
-    "Server busy",
-    "Server shutting down",
-    "Quota exceeded",
-    "Connection rate exceeded",
-}
+# Answers of a broker that may let us in later: it is unavailable, busy, shutting down, over a quota or a rate, or gives
+# no reason. All others need a change of the configuration.
+_TEMPORARY = {UNSPECIFIED, 0x83, UNAVAILABLE, 0x89, 0x8B, 0x97, 0x9F}
 
 
 def unique_client_id(purpose: str) -> str:
@@ -74,7 +94,7 @@ class Connection:
             it wants to be called again.
 
     Raises:
-        BrokerError: a certificate cannot be read.
+        BrokerError: a certificate cannot be read, or MQTT cannot carry the client id or a topic.
     """
 
     def __init__(
@@ -95,6 +115,9 @@ class Connection:
         on_subscribe: Callable[[list[ReasonCode]], None] | None = None,
         on_turn: Callable[[], float | None] | None = None,
     ) -> None:
+        check_text("client id", client_id)
+        for topic in (*subscriptions, *(will or ())[:1]):
+            check_text("topic", topic)
         self.address, self._client_id, self._subscriptions = address, client_id, tuple(subscriptions)
         self._options: dict[str, Any] = {
             "will": will,
@@ -122,6 +145,7 @@ class Connection:
         self._changed = threading.Condition()
         self._error: BrokerError | None = None  # why the last attempt failed
         self._refused = False  # and that trying again is of no use before someone mends it
+        self._broken = False  # and that it is a fault of ours, which nobody should wait for
         self._wake_r, self._wake_w = socket.socketpair()
         self._wake_r.setblocking(False)
         self._wake_w.setblocking(False)
@@ -137,11 +161,11 @@ class Connection:
 
         Args:
             patience_s: keep trying for so long where the broker cannot be reached; None: not having reached it is no
-                error, and it goes on trying.
+                error, and the thread keeps trying.
             stop: with ``patience_s`` None, ends the waiting when set.
 
         Raises:
-            BrokerError: the broker refuses the connection, or cannot be reached.
+            BrokerError: the broker refuses the connection, or cannot be reached; or the thread fails.
         """
         self._awaited = bool(patience_s)
         started_s = time.monotonic()
@@ -149,12 +173,10 @@ class Connection:
             self._thread.start()
             with self._changed:
                 while not self.connected:
-                    if self._refused and self._error:
+                    if self._error and (self._refused or (self._broken and patience_s is not None)):
                         raise self._error
-                    if not self._thread.is_alive():  # closed meanwhile, or ended by a bug
-                        raise self._error or BrokerError(
-                            "the connection to the broker was closed", mend="open it again"
-                        )
+                    if not self._thread.is_alive():
+                        raise self._error or self._fault()
                     waited_s = time.monotonic() - started_s
                     if patience_s is None and (self._error or waited_s > START_S or (stop and stop.is_set())):
                         return False
@@ -217,19 +239,26 @@ class Connection:
 
     def _run(self) -> None:
         wait_s = 0.0
+        ended: BaseException | None = None
         try:
             while not self._closing.is_set():
                 try:
                     self._turn(wait_s)
                     wish_s = self._on_turn() if self._on_turn else None
-                except Exception:  # a fault of ours must not end a service for good
+                except Exception as error:  # a fault of ours must not end a service for good
                     logger.exception("unexpected error; connecting to %s again", self.address)
-                    self._recover()
+                    self._recover(error)
+                    self._closing.wait(BACKOFF_S[0])  # one that comes at each turn must not keep a processor busy
                     wish_s = None
                 wait_s = 1.0 if wish_s is None else min(1.0, max(0.0, wish_s))
             self._hang_up()
+        except BaseException as error:
+            ended = error
+            raise
         finally:
             self._release()
+            if ended:
+                self._break(ended)
 
     def _turn(self, wait_s: float) -> None:
         now_s = time.monotonic()
@@ -279,15 +308,15 @@ class Connection:
                 if self._dialled:
                     self._hang_up_on(client)
 
-        self._dialling = True
         threading.Thread(target=dial, name=f"dial-{self._client_id}", daemon=True).start()
+        self._dialling = True  # not where no thread can be started
 
     def _take_over(self, client: Client, error: Exception | None) -> None:
         self._dialled, self._dialling = None, False
         if error:
             mend = "check host and port, and that the broker runs"
             if isinstance(error, ssl.SSLCertVerificationError):
-                mend = "give the authority that signed its certificate with --cafile, and the name that is in it"
+                mend = _CERTIFICATES.get(error.verify_code, _CERTIFICATE)
             elif isinstance(error, ssl.SSLError):
                 mend = "check that it speaks TLS on this port"
             self._fail(f"broker {self.address} cannot be reached ({error})", mend)
@@ -305,7 +334,7 @@ class Connection:
         if client.answer is not None and not self.connected:
             self._judge(client.answer)
         elif self.connected and client.socket() is None:
-            self._lost(client.lost_because)
+            self._lost(client.lost_because, client.lost_code)
         elif not self.connected and (client.socket() is None or time.monotonic() - self._since_s > ANSWER_TIMEOUT_S):
             self._drop()
             self._hung_up()
@@ -320,39 +349,42 @@ class Connection:
         name = answer.getName()
         if answer.is_failure:
             self._drop()
-            if name == "Unsupported protocol version":
+            if answer.value == UNSUPPORTED_VERSION:
                 self._hung_up()
-            elif name in _TEMPORARY:
+            elif answer.value in _TEMPORARY:
                 self._fail(f"broker {self.address} takes no connection now: {name.lower()}", "look at its log")
             else:
-                self._fail(
-                    f"broker {self.address} refused the connection: {name.lower()}",
-                    "check the user and password, and the broker's access rules",
-                    refused=True,
-                )
+                mend = "look at the broker's log"
+                if answer.value in (BAD_CREDENTIALS, NOT_AUTHORIZED):
+                    mend = "check the user and password, and the broker's access rules"
+                elif answer.value == CLIENT_ID_INVALID:
+                    mend = f"the broker's rules allow no client that calls itself {self._client_id}"
+                self._fail(f"broker {self.address} refused the connection: {name.lower()}", mend, refused=True)
             return
         self._since_s, self._settled, self._told = time.monotonic(), True, ""
         logger.info("connected to %s with %s", self.address, _NAMES[self.protocol])
         with self._changed:
-            self.connected, self._error, self._refused = True, None, False
+            self.connected, self._error, self._refused, self._broken = True, None, False, False
             self._changed.notify_all()
         if self._subscriptions:
             self.client.subscribe([(topic_filter, 1) for topic_filter in self._subscriptions])
         if self._on_connect:
             self._on_connect()
 
-    def _lost(self, why: str) -> None:
+    def _lost(self, why: str, code: int) -> None:
         self._drop()
         self.connected = False
         logger.warning("connection to %s lost: %s; connecting again", self.address, why)
         if time.monotonic() - self._since_s > GOOD_S:
             self._failures = 0
-        elif self._failures == 3:  # not every broker tells
-            logger.error(
-                "connections to %s are lost within seconds: another client may call itself %s too; "
-                "give each device an id, and each of its runs a stream of its own",
-                self.address, self._client_id,
-            )  # fmt: skip
+        elif self._failures == 3:
+            mend = "look at the broker's log, and at its limits"
+            if code == _OURS:
+                mend = "report it with what the log says"
+            elif code in (UNSPECIFIED, SESSION_TAKEN_OVER):
+                why = f"another client may call itself {self._client_id} too"  # not every broker gives its reason
+                mend = "give each device an id, and each of its runs a stream of its own; or look at the broker's log"
+            logger.error("connections to %s are lost within seconds: %s; %s", self.address, why, mend)
         self._back_off()
         if self._on_disconnect:
             self._on_disconnect()
@@ -380,7 +412,7 @@ class Connection:
             self._told, self._told_s = what, now_s
             logger.log(logging.ERROR if refused else logging.WARNING, "%s; %s; trying again", what, mend)
         with self._changed:
-            self._error, self._refused = BrokerError(what, mend=mend), refused
+            self._error, self._refused, self._broken = BrokerError(what, mend=mend), refused, False
             self._changed.notify_all()
 
     def _back_off(self) -> None:
@@ -400,12 +432,31 @@ class Connection:
             self._sock.close()
             self._sock = None
 
-    def _recover(self) -> None:
-        if self.connected:
-            self._lost("an error of ours")
-        else:
-            self._drop()
+    def _recover(self, error: Exception) -> None:
+        try:
+            if self.connected:
+                self._lost("an error of ours", _OURS)
+            else:
+                self._drop()
+                self._back_off()
+        except Exception:  # of a callback, or one that the same fault brings
+            logger.exception("unexpected error while the connection to %s is given up", self.address)
             self._back_off()
+        self._break(error)
+
+    def _break(self, error: BaseException) -> None:
+        """Whoever waits for a connection is to hear of a fault of ours."""
+        with self._changed:
+            self._error, self._refused, self._broken = self._fault(error), False, True
+            self._changed.notify_all()
+
+    def _fault(self, error: BaseException | None = None) -> BrokerError:
+        fault = BrokerError(
+            f"connection to broker {self.address} failed by an error of EdgeKit ({type(error).__name__})",
+            mend="report it with what the log says",
+        )
+        fault.__cause__ = error
+        return fault
 
     @staticmethod
     def _hang_up_on(client: Client) -> None:

@@ -17,6 +17,14 @@ from edgekit.broker import BrokerAddress
 KEEP_ALIVE_S = 30
 # For the connection, and for the broker's answer, each.
 ANSWER_TIMEOUT_S = 10.0
+# Reason codes of MQTT 5, which paho makes of those of 3.1.1 too; its names for them are its own.
+UNSPECIFIED = 0x80
+UNSUPPORTED_VERSION = 0x84
+CLIENT_ID_INVALID = 0x85
+BAD_CREDENTIALS = 0x86
+NOT_AUTHORIZED = 0x87
+UNAVAILABLE = 0x88
+SESSION_TAKEN_OVER = 0x8E
 # Packets are read up to so many before it is the turn of others.
 _READS = 100
 
@@ -97,7 +105,7 @@ class Client(paho.Client):
         self.session_present = False
         # Of the broker, for what we send.
         self.broker_receive_maximum, self.broker_maximum_packet_size = 20, 2**28
-        self.lost_because = ""
+        self.lost_because, self.lost_code = "", UNSPECIFIED
         self.connect_timeout = ANSWER_TIMEOUT_S
         self.max_inflight_messages_set(65535)  # what may be under way is for the owner to decide
         self.username_pw_set(address.username, address.password)
@@ -165,5 +173,5 @@ class Client(paho.Client):
             self.broker_maximum_packet_size = getattr(properties, "MaximumPacketSize", 2**28)
 
     def _disconnected(self, _client: Any, _userdata: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
-        name = reason.getName()
-        self.lost_because = "it hung up" if name == "Unspecified error" else name.lower()
+        self.lost_code = reason.value
+        self.lost_because = "it hung up" if reason.value == UNSPECIFIED else reason.getName().lower()

@@ -90,7 +90,7 @@ def refusal(folder: Path, text: str) -> str:
         ("profile = 'raspberry-pi-6'\n" + STREAM, 1, "profile 'raspberry-pi-6': expected .*; did you mean 'rasp"),
         ("profile = 'mine.toml'\n" + STREAM, 1, "profile mine.toml: expected a TOML file, got nothing"),
         # the broker
-        ("broker = 'http://hub'\n" + STREAM, 1, "broker URL: expected mqtt://.*, got scheme 'http', host 'hub'"),
+        ("broker = 'http://hub'\n" + STREAM, 1, "broker URL: expected mqtt://.*, got http://; write mqtt://"),
         ("\npassword_file = 'none'\n" + STREAM, 2, "password file none: .*, got No such file or directory"),
         ("password_file = ''\n" + STREAM, 1, "password_file: expected a path, got ''"),
         ("broker = 'embedded'\ncafile = 'ca.pem'\n" + STREAM, 2, "cafile: expected a broker with mqtt://.*embedded"),

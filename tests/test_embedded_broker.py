@@ -65,6 +65,26 @@ def test_port_that_is_taken_is_an_error(free_port: Callable[[], int]) -> None:
         EmbeddedBroker(url)
 
 
-def test_url_that_cannot_be_read_is_an_error() -> None:
-    with pytest.raises(BrokerError, match="expected embedded or embedded://host:port"):
-        EmbeddedBroker("embedded://host:port")
+@pytest.mark.parametrize(
+    "url",
+    ["embedded://host:port", "embedded:1884", "embedded:1884/x", "embedded://[::1", "embedded://h:0",
+     "embedded://h:1884/topic", "embedded://ann:s3cret@127.0.0.1:1884"],
+)  # fmt: skip
+def test_url_that_cannot_be_read_is_an_error(url: str) -> None:
+    with pytest.raises(BrokerError, match="expected embedded or embedded://host:port") as caught:
+        EmbeddedBroker(url)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_listens_on_an_ipv6_address(free_port: Callable[[], int]) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    port = free_port()
+    with EmbeddedBroker(f"embedded://[::1]:{port}") as broker:
+        socket.create_connection(("::1", port), 5).close()
+        client = Connection(broker.address, "one")
+        assert client.start()
+        client.close()
+        assert str(broker.address) == f"mqtt://[::1]:{port}"
