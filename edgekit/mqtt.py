@@ -175,6 +175,8 @@ class Connection:
                 while not self.connected:
                     if self._error and (self._refused or (self._broken and patience_s is not None)):
                         raise self._error
+                    if self._closing.is_set():
+                        raise BrokerError(f"connection to broker {self.address} was closed", mend="open it again")
                     if not self._thread.is_alive():
                         raise self._error or self._fault()
                     waited_s = time.monotonic() - started_s
