@@ -388,7 +388,7 @@ def _guessed_code(error: Exception) -> int:
         codes = {"locked": SQLITE_BUSY, "out of memory": 7, "readonly": 8, "disk I/O": SQLITE_IOERR,
                  "full": SQLITE_FULL, "unable to open": 14}  # fmt: skip
         return next((code for words, code in codes.items() if words in str(error)), SQLITE_ERROR)
-    kinds = {sqlite3.DatabaseError: 11, sqlite3.DataError: 18, sqlite3.IntegrityError: 19}
+    kinds: dict[type[Exception], int] = {sqlite3.DatabaseError: 11, sqlite3.DataError: 18, sqlite3.IntegrityError: 19}
     return kinds.get(type(error), 0)
 
 
