@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -198,6 +199,66 @@ def test_session_keeps_what_comes_while_we_are_away(lasting: Any, predictions: A
     lasting.publish(TOPIC, *predictions(1, 2, 3))
     with subscribe_again(lasting) as subscriber:
         assert seqs_until_silence(subscriber) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "topic"),
+    [
+        ({"kinds": ("prediction", "event")}, {}, "edgekit/pi/door/event"),
+        ({"kinds": ("prediction", "status")}, {}, "edgekit/pi/status"),
+        ({}, {"device": "other"}, TOPIC),
+        ({"stream": "door"}, {"stream": "yard"}, TOPIC),
+        ({"prefix": "site"}, {}, "site/pi/door/prediction"),
+    ],
+)
+def test_session_hands_out_nothing_that_is_no_longer_asked_for(
+    lasting: Any, predictions: Any, caplog: pytest.LogCaptureFixture, before: Any, now: Any, topic: str
+) -> None:
+    subscribe_again(lasting, **before).close()
+    kept = OTHERS["event"] if topic.endswith("event") else "online" if topic.endswith("status") else predictions(1)[0]
+    lasting.publish(topic, kept)
+    wanted = f"edgekit/{now.get('device', 'pi')}/{now.get('stream', 'door')}/prediction"
+    names = {name: value for name, value in now.items() if name in ("device", "stream")}
+    with subscribe_again(lasting, **now) as subscriber:
+        lasting.publish(topic, kept, kept)
+        lasting.publish(wanted, *predictions(7, **names))
+        message = subscriber.next(10)
+        assert (message.topic, message.prediction.seq) == (wanted, 7)  # type: ignore[union-attr]
+        assert seqs_until_silence(subscriber) == [] and subscriber.accounting.predictions == 1
+    assert caplog.text.count("dropped") == 1
+    with subscribe_again(lasting, **before) as subscriber, pytest.raises(TimeoutError):
+        subscriber.next(0.5)  # all is acknowledged
+
+
+def in_session_of_archive(broker: Any, *options: str) -> list[str]:
+    """The topics of what comes to another client with the session of :func:`subscribe_again`."""
+    session = ["-i", "archive", "-c", "-q", "1", "-V", "mqttv5", "-x", "60"]
+    command = ["mosquitto_sub", "-h", "127.0.0.1", "-p", str(broker.port), "-F", "%t", *session, *options]
+    return subprocess.run(command, capture_output=True, text=True).stdout.split()
+
+
+def test_subscription_that_an_earlier_run_left_is_given_up(lasting: Any, predictions: Any) -> None:
+    subscribe_again(lasting, kinds=("prediction", "event")).close()
+    with subscribe_again(lasting) as subscriber:
+        lasting.publish("edgekit/pi/door/event", OTHERS["event"])
+        lasting.publish(TOPIC, *predictions(1))
+        assert subscriber.next(10).kind == "prediction"
+    lasting.publish("edgekit/pi/door/event", OTHERS["event"])
+    lasting.publish(TOPIC, *predictions(2))
+    assert in_session_of_archive(lasting, "-t", "none", "-W", "1") == [TOPIC]
+
+
+def test_messages_of_a_foreign_subscription_are_dropped_and_do_not_come_again(
+    lasting: Any, predictions: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    in_session_of_archive(lasting, "-t", "edgekit/#", "-E")
+    for topic in ("edgekit/pi/response/x", "edgekit/pi/command", "edgekit/pi", "edgekit/pi/door/prediction/more"):
+        lasting.publish(topic, {"a": 1})
+    for seq in (1, 2):
+        lasting.publish(TOPIC, *predictions(seq))
+        with subscribe_again(lasting) as subscriber:
+            assert seqs_until_silence(subscriber) == [seq]
+    assert caplog.text.count("dropped") == 1
 
 
 @pytest.mark.parametrize(
