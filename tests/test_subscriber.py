@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -368,6 +369,68 @@ def test_await_that_is_cancelled_loses_no_message(broker: Any, predictions: Any)
             return message.prediction.seq  # type: ignore[union-attr]
 
     assert asyncio.run(receive()) == 7
+
+
+def connections_of(client_id: str) -> list[str]:
+    return [thread.name for thread in threading.enumerate() if client_id in thread.name]
+
+
+def test_async_with_that_is_cancelled_while_it_connects_leaves_no_client(mosquitto: Any, until: Any) -> None:
+    broker = mosquitto()
+
+    async def enter() -> None:
+        subscriber = Subscriber(broker.url, client_id="cancelled", session_expiry_s=60, patience_s=5)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(subscriber.__aenter__(), 0.3)
+        broker.start()
+        with pytest.raises(StopAsyncIteration):
+            await asyncio.wait_for(anext(subscriber), 20)
+
+    broker.stop()
+    asyncio.run(enter())
+    until(lambda: not connections_of("cancelled"))
+    with Subscriber(broker.url, client_id="cancelled", session_expiry_s=60) as again:
+        assert not again._connection.client.session_present, "the cancelled one has connected"
+
+
+def test_async_with_that_is_cancelled_while_it_subscribes_leaves_no_client(
+    mosquitto: Any, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker, connected = mosquitto(), threading.Event()
+    monkeypatch.setattr(Subscriber, "_answered", lambda *_: None)  # the broker's answer is lost
+    monkeypatch.setattr(Subscriber, "_connected", lambda _: connected.set())
+
+    async def enter() -> None:
+        entering = asyncio.create_task(Subscriber(broker.url, client_id="cancelled").__aenter__())
+        await asyncio.to_thread(connected.wait, 20)
+        entering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+        assert not connections_of("cancelled")
+
+    asyncio.run(enter())
+
+
+def test_async_with_that_is_cancelled_before_its_thread_begins_never_connects(broker: Any) -> None:
+    async def enter() -> None:
+        loop, free = asyncio.get_running_loop(), threading.Event()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        busy = asyncio.create_task(asyncio.to_thread(free.wait, 20))
+        await asyncio.sleep(0)
+        subscriber = Subscriber(broker.url, client_id="cancelled")
+        entering = asyncio.create_task(subscriber.__aenter__())
+        await asyncio.sleep(0)
+        entering.cancel()
+        await asyncio.sleep(0)
+        free.set()
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+        await busy
+        with pytest.raises(StopAsyncIteration):
+            await anext(subscriber)
+
+    asyncio.run(enter())
+    assert not connections_of("cancelled")
 
 
 def test_unreachable_broker_is_an_error_of_async_with(free_port: Any) -> None:
