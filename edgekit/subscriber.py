@@ -126,7 +126,10 @@ class Subscriber:
 
     def _connected(self) -> None:
         self._unsubscribed.clear()
-        if not self._connection.client.session_present:  # nothing of what waits here will come again
+        client = self._connection.client
+        if self._share and client.session_present:  # what this one took before it joined the group, all of it
+            client.unsubscribe(self._filters)
+        if not client.session_present:  # nothing of what waits here will come again
             self._held = False
         self._tell()
 

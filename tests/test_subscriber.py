@@ -231,6 +231,14 @@ def test_session_hands_out_nothing_that_is_no_longer_asked_for(
         subscriber.next(0.5)  # all is acknowledged
 
 
+def test_session_that_joins_a_group_takes_no_more_than_its_share(lasting: Any, predictions: Any) -> None:
+    subscribe_again(lasting).close()
+    with subscribe_again(lasting, group="g") as one, Subscriber(lasting.url, group="g") as other:
+        lasting.publish(TOPIC, *predictions(*range(1, 21)))
+        received = [seqs_until_silence(subscriber) for subscriber in (one, other)]
+    assert all(received) and sorted(received[0] + received[1]) == [*range(1, 21)]
+
+
 def in_session_of_archive(broker: Any, *options: str) -> list[str]:
     """The topics of what comes to another client with the session of :func:`subscribe_again`."""
     session = ["-i", "archive", "-c", "-q", "1", "-V", "mqttv5", "-x", "60"]
