@@ -14,6 +14,8 @@ from edgekit.messages import Count, PredictionMessage
 
 # Gaps that are remembered of one boot; of older ones only how many predictions were missing.
 GAPS = 4096
+# Boots that are remembered of one stream, those heard last; of earlier ones only the counts.
+BOOTS = 8
 # Ranges that a line names.
 NAMED = 5
 
@@ -134,16 +136,60 @@ class Boot(msgspec.Struct, kw_only=True):
         self.sent_again.forget_below(first)
 
 
+class Earlier(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """The counts of all boots of one stream that are no longer remembered."""
+
+    device: str
+    stream: str
+    boots: Count = 0
+    predictions: Count = 0
+    missing: Count = 0
+    duplicates: Count = 0
+    duplicates_unflagged: Count = 0
+    reordered: Count = 0
+
+    def take_in(self, other: Earlier) -> None:
+        for name in ("boots", "predictions", "missing", "duplicates", "duplicates_unflagged", "reordered"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+class _Stream:
+    def __init__(self, device: str, stream: str) -> None:
+        self.boots: dict[str, Boot] = {}  # the one heard last is the last one
+        self.earlier = Earlier(device=device, stream=stream)
+
+    def fold(self, boot: Boot, missing: int) -> None:
+        earlier = self.earlier
+        earlier.take_in(
+            Earlier(
+                device=earlier.device,
+                stream=earlier.stream,
+                boots=1,
+                predictions=boot.predictions,
+                missing=missing,
+                duplicates=boot.duplicates,
+                duplicates_unflagged=boot.duplicates_unflagged,
+                reordered=boot.reordered,
+            )
+        )
+
+    def bound(self, partial: bool) -> None:
+        while len(self.boots) > BOOTS:
+            oldest = self.boots.pop(next(iter(self.boots)))
+            self.fold(oldest, 0 if partial else oldest.missing_count())
+
+
 class _Stored(msgspec.Struct):
     """The JSON form."""
 
     schema: Literal["edgekit.accounting/1"]
     partial: bool
     boots: list[Boot]
+    earlier: list[Earlier] = msgspec.field(default_factory=list)
 
 
 class Accounting:
-    """What came, by device, stream and boot. Its memory grows with what is missing, not with what comes.
+    """What came, by device, stream and boot. Of each stream it takes a bounded memory.
 
     ``str()`` of it is one line for people. A stream is accounted for from the first of its predictions that came, and
     each later boot of it from ``seq`` 1, up to the newest that came.
@@ -155,12 +201,13 @@ class Accounting:
 
     def __init__(self, *, partial: bool = False) -> None:
         self.partial = partial
-        self._streams: dict[tuple[str, str], dict[str, Boot]] = {}
+        self._streams: dict[tuple[str, str], _Stream] = {}
 
     def add(self, prediction: PredictionMessage, *, redelivered: bool = False) -> Heard:
         """Takes a prediction into account; ``redelivered``: the broker says that it sent it before (DUP)."""
         seq, boot_id, at = prediction.seq, prediction.boot_id, prediction.captured_at
-        boots = self._streams.setdefault((prediction.device, prediction.stream), {})
+        stream = self._stream(prediction.device, prediction.stream)
+        boots = stream.boots
         if not (boot := boots.get(boot_id)):
             later = any(known.newest_at < at for known in boots.values())
             boot = boots[boot_id] = Boot(
@@ -170,16 +217,26 @@ class Accounting:
                 first=1 if later else seq,
                 newest_at=at,
             )
+            stream.bound(self.partial)
+        elif next(reversed(boots)) != boot_id:
+            boots[boot_id] = boots.pop(boot_id)
         boot.newest_at = max(boot.newest_at, at)
         heard = boot.add(seq, prediction.replayed or redelivered)
         return Heard(range(0), heard.duplicate) if self.partial else heard
+
+    def _stream(self, device: str, stream: str) -> _Stream:
+        key = device, stream
+        return self._streams.get(key) or self._streams.setdefault(key, _Stream(device, stream))
 
     @classmethod
     def merge(cls, parts: Iterable[Accounting]) -> Accounting:
         """The accounting of all consumers of a group, or of consecutive runs of one subscriber.
 
-        It begins where each of them remembers all gaps; a consumer of a group forgets what it had long ago.
+        It begins where each of them remembers all gaps; a consumer of a group forgets what it had long ago. Of a boot
+        which a group shared and one of them may have forgotten, what came is counted, and nothing is missing.
+        What came to two of them is a duplicate where both remember the boot.
         """
+        parts = list(parts)
         heard: dict[tuple[str, str, str], list[tuple[Boot, bool]]] = {}
         for part in parts:
             for boot in cls.from_json(part.to_json()).boots:  # of a copy
@@ -194,11 +251,30 @@ class Accounting:
                 if partial:  # it missed the share of the others
                     boot.missing_below_first = 0
                 whole.take_in(boot)
-            merged._streams.setdefault((device, stream), {})[boot_id] = whole
+            partly = any(partial for _, partial in boots)
+            if partly and any(part._may_have_forgotten(device, stream, boot_id) for part in parts):
+                merged._stream(device, stream).fold(whole, 0)
+            else:
+                merged._stream(device, stream).boots[boot_id] = whole
+        for part in parts:
+            for earlier in part._earlier():
+                merged._stream(earlier.device, earlier.stream).earlier.take_in(earlier)
+        for of_stream in merged._streams.values():
+            if len(of_stream.boots) > BOOTS:
+                of_stream.boots = dict(sorted(of_stream.boots.items(), key=lambda boot: boot[1].newest_at))
+                of_stream.bound(partial=False)
         return merged
 
+    def _may_have_forgotten(self, device: str, stream: str, boot_id: str) -> bool:
+        known = self._streams.get((device, stream))
+        return bool(known and known.earlier.boots and boot_id not in known.boots)
+
+    def _earlier(self) -> list[Earlier]:
+        return [stream.earlier for stream in list(self._streams.values()) if stream.earlier.boots]
+
     def to_json(self) -> bytes:
-        return msgspec.json.encode(_Stored("edgekit.accounting/1", self.partial, self.boots), enc_hook=_encoded)
+        stored = _Stored("edgekit.accounting/1", self.partial, self.boots, self._earlier())
+        return msgspec.json.encode(stored, enc_hook=_encoded)
 
     @classmethod
     def from_json(cls, text: bytes | str) -> Accounting:
@@ -212,43 +288,51 @@ class Accounting:
             raise EdgekitError("accounting", expected="JSON as Accounting.to_json makes", got=str(error)) from error
         accounting = cls(partial=stored.partial)
         for boot in stored.boots:
-            accounting._streams.setdefault((boot.device, boot.stream), {})[boot.boot_id] = boot
+            accounting._stream(boot.device, boot.stream).boots[boot.boot_id] = boot
+        for earlier in stored.earlier:
+            accounting._stream(earlier.device, earlier.stream).earlier.take_in(earlier)
         return accounting
 
     def of(self, device: str, stream: str) -> Accounting:
         """That of one stream alone, which goes on with this one."""
         one = Accounting(partial=self.partial)
-        one._streams = {(device, stream): self._streams.get((device, stream), {})}
+        one._streams = {(device, stream): self._streams.get((device, stream)) or _Stream(device, stream)}
         return one
 
     @property
     def boots(self) -> list[Boot]:
+        """Those that are remembered: of each stream the last ones."""
         # lists: another thread may add one meanwhile
-        return [boot for boots in list(self._streams.values()) for boot in list(boots.values())]
+        return [boot for stream in list(self._streams.values()) for boot in list(stream.boots.values())]
+
+    def _count(self, what: Literal["predictions", "duplicates", "duplicates_unflagged", "reordered"]) -> int:
+        return sum(getattr(counted, what) for counted in (*self._earlier(), *self.boots))
 
     @property
     def predictions(self) -> int:
         """How many came, each counted once."""
-        return sum(boot.predictions for boot in self.boots)
+        return self._count("predictions")
 
     @property
     def missing(self) -> int | None:
         """How many did not come; None where that is not known, of one consumer of a group."""
-        return None if self.partial else sum(boot.missing_count() for boot in self.boots)
+        if self.partial:
+            return None
+        return sum(earlier.missing for earlier in self._earlier()) + sum(boot.missing_count() for boot in self.boots)
 
     @property
     def duplicates(self) -> int:
-        return sum(boot.duplicates for boot in self.boots)
+        return self._count("duplicates")
 
     @property
     def duplicates_unflagged(self) -> int:
         """How many of the duplicates neither the device marked as replayed nor the broker as sent before."""
-        return sum(boot.duplicates_unflagged for boot in self.boots)
+        return self._count("duplicates_unflagged")
 
     @property
     def reordered(self) -> int:
         """How many came after one with a higher ``seq``."""
-        return sum(boot.reordered for boot in self.boots)
+        return self._count("reordered")
 
     def __str__(self) -> str:
         if not self._streams:
@@ -264,7 +348,11 @@ class Accounting:
         return f"{self._missing() or 'nothing missing'}: {came}"
 
     def _missing(self) -> str:
-        named = []
+        named = [
+            f"{earlier.device}/{earlier.stream} {earlier.missing:,} in earlier boots"
+            for earlier in self._earlier()
+            if earlier.missing
+        ]
         for boot in self.boots:
             # repr: the name of a boot may be any text
             of_boot = f"{boot.device}/{boot.stream} {boot.boot_id[:16]!r}"

@@ -8,6 +8,8 @@ from edgekit.messages import EventMessage, PredictionMessage
 
 # Of one stream. A device sends no more than a hundred messages again, and a broker no more than wait at a subscriber.
 REMEMBERED = 256
+# Boots of one stream, those heard last.
+BOOTS = 64
 
 
 class Told(NamedTuple):
@@ -24,7 +26,7 @@ class Told(NamedTuple):
 
 class _Stream:
     def __init__(self) -> None:
-        self.boot_ids: set[str] = set()
+        self.boot_ids: dict[str, None] = {}  # the one heard last is the last one
         self.open: dict[int, EventMessage] = {}  # by class
         self.came: dict[tuple[str, str], None] = {}  # event_id and event, the newest last
 
@@ -62,8 +64,13 @@ class Events:
             return Told()
         known = self._streams.setdefault(key, _Stream())
         left_open: list[EventMessage] = []
-        if message.boot_id not in known.boot_ids:
-            known.boot_ids.add(message.boot_id)
+        if message.boot_id in known.boot_ids:
+            if next(reversed(known.boot_ids)) != message.boot_id:
+                known.boot_ids[message.boot_id] = known.boot_ids.pop(message.boot_id)
+        else:
+            known.boot_ids[message.boot_id] = None
+            if len(known.boot_ids) > BOOTS:
+                del known.boot_ids[next(iter(known.boot_ids))]
             left_open += known.open.values()
             known.open.clear()
         if isinstance(message, EventMessage):

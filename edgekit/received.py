@@ -111,7 +111,7 @@ def decode(received: MQTTMessage, prefix: str, accounting: Accounting, events: E
     """``received`` on a topic below ``prefix``, typed; a prediction or event is taken into account.
 
     Raises:
-        DecodeError, UnicodeDecodeError, RecursionError: it is not one of EdgeKit's.
+        MsgspecError, ValueError, LookupError, ArithmeticError, RecursionError: it is not one of EdgeKit's.
     """
     device, *of_stream, kind = received.topic.removeprefix(prefix).split("/")
     if kind not in PAYLOADS and kind != "status":

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import product
 from types import TracebackType
 from typing import get_args
 
@@ -24,7 +25,7 @@ from edgekit.events import Events
 from edgekit.messages import PREFIX, check_name, check_prefix
 from edgekit.mqtt import Connection, unique_client_id
 from edgekit.mqtt_client import ANSWER_TIMEOUT_S, Client
-from edgekit.received import OF_DEVICE, Kind, Message, decode
+from edgekit.received import OF_DEVICE, Kind, Message, decode, printable
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 MESSAGE_BYTES = 2**20
 # Health goes out with QoS 0, which nobody waits for: so many wait for a slow consumer, others are dropped.
 QOS_0_WAITING = 1000
+# Of the subscriptions that an earlier run may have left to a session, so many are given up on one connection.
+UNSUBSCRIBED = 100
 
 
 class Subscriber:
@@ -84,12 +87,13 @@ class Subscriber:
             raise EdgekitError("kind of message", expected=", ".join(get_args(Kind)), got=unknown[0])
         if session_expiry_s and not client_id:
             raise EdgekitError("a session that the broker keeps needs a name", mend="give a client_id")
-        filters = [
-            share + self._prefix + "/".join((of_device, kind) if kind in OF_DEVICE else (of_device, of_stream, kind))
+        self._filters = [
+            self._prefix + "/".join((of_device, kind) if kind in OF_DEVICE else (of_device, of_stream, kind))
             for kind in kinds
         ]
-        # A session that the broker kept may still have the subscriptions of an earlier run.
-        self._filters = [topic_filter.removeprefix(share) for topic_filter in filters]
+        self._share, self._named = share, client_id or "this subscriber"
+        self._unsubscribed: set[str] = set()  # on this connection
+        self._unasked = False  # whether something came that the filters do not ask for
         self.accounting, self.events = Accounting(partial=group is not None), Events(partial=group is not None)
         self._group, self._patience_s, self._keeps_session = group, patience_s, session_expiry_s > 0
         self._messages: deque[tuple[MQTTMessage, Client]] = deque()
@@ -103,7 +107,7 @@ class Subscriber:
         self._connection = Connection(
             parse_broker(broker),
             client_id or unique_client_id("subscriber"),
-            subscriptions=filters,
+            subscriptions=[share + topic_filter for topic_filter in self._filters],
             session_expiry_s=session_expiry_s,
             receive_maximum=receive_maximum,
             maximum_packet_size=MESSAGE_BYTES,
@@ -121,7 +125,11 @@ class Subscriber:
     # -- in the thread of the connection ---------------------------------------------------------------------------
 
     def _connected(self) -> None:
-        if not self._connection.client.session_present:  # nothing of what waits here will come again
+        self._unsubscribed.clear()
+        client = self._connection.client
+        if self._share and client.session_present:  # what this one took before it joined the group, all of it
+            client.unsubscribe(self._filters)
+        if not client.session_present:  # nothing of what waits here will come again
             self._held = False
         self._tell()
 
@@ -129,6 +137,9 @@ class Subscriber:
         self._held = self._keeps_session
 
     def _received(self, message: MQTTMessage) -> None:
+        if not self._asked_for(message):
+            self._turn_away(message)
+            return
         if message.qos == 0 and len(self._messages) >= QOS_0_WAITING:
             self._dropped += 1
             if self._dropped == 1:
@@ -139,6 +150,46 @@ class Subscriber:
                 self._forget(message)
             self._messages.append((message, self._connection.client))
         self._tell()
+
+    def _asked_for(self, message: MQTTMessage) -> bool:
+        try:
+            return any(topic_matches_sub(topic_filter, message.topic) for topic_filter in self._filters)
+        except UnicodeDecodeError:  # its topic is no text
+            return False
+
+    def _turn_away(self, message: MQTTMessage) -> None:
+        """A session keeps the subscriptions of earlier runs too: what only those ask for is dropped."""
+        client = self._connection.client
+        if message.qos:
+            self._connection.ack(message, client)
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            topic = repr(message._topic)
+        if not self._unasked:
+            self._unasked = True
+            logger.warning(
+                "the session of %s still has other subscriptions, and what comes only from those is dropped, "
+                "first a message on %s; give each subscriber a client_id of its own",
+                self._named, printable(topic),
+            )  # fmt: skip
+        stale = [
+            share + topic_filter
+            for topic_filter in self._earlier_filters(topic)
+            if topic_filter not in self._filters
+            for share in {"", self._share}
+            if share + topic_filter not in self._unsubscribed
+        ]
+        if stale and len(self._unsubscribed) < UNSUBSCRIBED:
+            self._unsubscribed.update(stale)
+            client.unsubscribe(stale)
+
+    def _earlier_filters(self, topic: str) -> list[str]:
+        """Those of a subscriber with this prefix that ``topic`` matches."""
+        *names, kind = topic.removeprefix(self._prefix).split("/")
+        if kind not in get_args(Kind) or len(names) != (1 if kind in OF_DEVICE else 2):
+            return [f"{self._prefix}#"]
+        return ["/".join((self._prefix[:-1], *of, kind)) for of in product(*(("+", name) for name in names))]
 
     def _forget(self, again: MQTTMessage) -> None:
         """What waits here and comes again is not to come twice."""
@@ -261,13 +312,12 @@ class Subscriber:
                     return None
                 self._handed_out = self._messages.popleft()
             received = self._handed_out[0]
-            if not any(topic_matches_sub(topic_filter, received.topic) for topic_filter in self._filters):
-                self.ack()
-                continue
             try:
                 return decode(received, self._prefix, self.accounting, self.events)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                logger.warning("message on %s skipped, it is not one of EdgeKit's: %s", received.topic, error)
+            except (msgspec.MsgspecError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
+                # Not acknowledged, it would come again and end the next run as well.
+                topic = printable(received.topic)
+                logger.warning("message on %s skipped, it is not one of EdgeKit's: %s", topic, printable(str(error)))
                 self.ack()
 
     def close(self) -> None:
@@ -302,4 +352,4 @@ class Subscriber:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await asyncio.to_thread(self.__exit__, kind, error, trace)
+        await asyncio.shield(asyncio.to_thread(self.__exit__, kind, error, trace))

@@ -175,3 +175,54 @@ def test_merge_begins_where_all_consumers_remember(monkeypatch: pytest.MonkeyPat
     parts = heard(range(1, 2001, 2), partial=True), heard(range(2, 1991, 2), partial=True)
     merged = Accounting.merge(parts)
     assert (merged.missing, merged.predictions) == (4, 1995)
+
+
+def restarts(times: int, seqs: Iterable[int] = (1, 2, 4, 4), *, partial: bool = False, since: int = 0) -> Accounting:
+    """Of a device that starts again each second."""
+    accounting = Accounting(partial=partial)
+    for number in range(since, since + times):
+        at = f"2026-11-22T{number // 3600:02}:{number // 60 % 60:02}:{number % 60:02}.000Z"
+        for seq in seqs:
+            accounting.add(prediction(seq, f"boot {number}", captured_at=at))
+    return accounting
+
+
+def test_memory_is_bounded_however_often_a_device_starts_and_the_counts_stay_right() -> None:
+    accounting, size = restarts(3000), len(restarts(100).to_json())
+    assert figures(accounting) == {
+        "predictions": 9000, "missing": 3000, "duplicates": 3000, "duplicates_unflagged": 3000
+    }  # fmt: skip
+    assert len(accounting.boots) == module.BOOTS and len(accounting.to_json()) < size + 100
+    assert "3,000 missing (pi/door 2,992 in earlier boots, pi/door 'boot 2992' 3, " in str(accounting)
+    assert figures(accounting.of("pi", "door")) == figures(accounting)
+    again = Accounting.from_json(accounting.to_json())
+    assert (str(again), again.to_json()) == (str(accounting), accounting.to_json())
+
+
+def test_boot_that_is_still_heard_is_remembered_however_many_others_come() -> None:
+    accounting = heard([1], boot_id="lasting")
+    for number in range(2, 50):
+        accounting.add(prediction(1, f"boot {number}"))
+        assert accounting.add(prediction(number, "lasting")).missing == range(0)
+    assert figures(accounting) == {"predictions": 97}
+    assert accounting.add(prediction(20, "lasting")).duplicate
+
+
+def test_merge_of_runs_keeps_the_counts_of_earlier_boots() -> None:
+    """The boot between the first two came to both."""
+    merged = Accounting.merge([restarts(30), restarts(5, since=29), restarts(30, since=34)])
+    assert (merged.predictions, merged.missing, merged.duplicates) == (3 * 64, 64, 65 + 3)
+    assert len(merged.boots) == module.BOOTS
+
+
+def test_merge_of_a_group_claims_nothing_missing_of_what_one_of_it_has_forgotten() -> None:
+    """One consumer heard each boot, the other only the first: it still remembers it."""
+    one, other = restarts(30, (1, 3), partial=True), restarts(1, (2, 4), partial=True)
+    merged = Accounting.merge([one, other])
+    assert (merged.predictions, merged.duplicates) == (62, 0)
+    assert merged.missing == module.BOOTS  # 2 of each that is remembered
+
+
+def test_accounting_that_was_saved_without_earlier_boots_is_read() -> None:
+    text = '{"schema":"edgekit.accounting/1","partial":false,"boots":[]}'
+    assert str(Accounting.from_json(text)) == "no predictions"

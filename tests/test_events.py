@@ -97,3 +97,25 @@ def test_memory_is_bounded_and_what_is_held_for_long_still_paired(monkeypatch: p
     assert events.add(event("a-199", "end", 1)).duplicate
     assert len(events._streams["pi", "door"].came) == 20
     assert events.add(event("a-0", "end", 0)).began == begin
+
+
+def test_memory_is_bounded_however_often_a_device_starts(predictions: Any) -> None:
+    events = Events()
+    events.add(event("a-0", "begin"))
+    for number in range(1, 500):
+        open_one = events.open[0]
+        begin = event(f"{number}-0", "begin", boot_id=f"boot {number}")
+        assert events.add(begin) == Told(left_open=(open_one,))
+        assert events.add(prediction(predictions, f"boot {max(1, number - 1)}")) == Told(), "it is late"
+    assert events.open == [begin]
+    assert len(events._streams["pi", "door"].boot_ids) == module.BOOTS
+
+
+def test_boot_that_is_still_heard_is_no_new_one_however_many_others_come(predictions: Any) -> None:
+    events = Events()
+    events.add(event("a-0", "begin"))
+    for number in range(200):
+        events.add(prediction(predictions, f"boot {number}"))
+        assert events.add(prediction(predictions, "a")) == Told()
+    events.add(event("a-1", "begin"))
+    assert events.add(prediction(predictions, "a")) == Told() and len(events.open) == 1

@@ -4,9 +4,11 @@ import asyncio
 import json
 import logging
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +203,74 @@ def test_session_keeps_what_comes_while_we_are_away(lasting: Any, predictions: A
 
 
 @pytest.mark.parametrize(
+    ("before", "now", "topic"),
+    [
+        ({"kinds": ("prediction", "event")}, {}, "edgekit/pi/door/event"),
+        ({"kinds": ("prediction", "status")}, {}, "edgekit/pi/status"),
+        ({}, {"device": "other"}, TOPIC),
+        ({"stream": "door"}, {"stream": "yard"}, TOPIC),
+        ({"prefix": "site"}, {}, "site/pi/door/prediction"),
+    ],
+)
+def test_session_hands_out_nothing_that_is_no_longer_asked_for(
+    lasting: Any, predictions: Any, caplog: pytest.LogCaptureFixture, before: Any, now: Any, topic: str
+) -> None:
+    subscribe_again(lasting, **before).close()
+    kept = OTHERS["event"] if topic.endswith("event") else "online" if topic.endswith("status") else predictions(1)[0]
+    lasting.publish(topic, kept)
+    wanted = f"edgekit/{now.get('device', 'pi')}/{now.get('stream', 'door')}/prediction"
+    names = {name: value for name, value in now.items() if name in ("device", "stream")}
+    with subscribe_again(lasting, **now) as subscriber:
+        lasting.publish(topic, kept, kept)
+        lasting.publish(wanted, *predictions(7, **names))
+        message = subscriber.next(10)
+        assert (message.topic, message.prediction.seq) == (wanted, 7)  # type: ignore[union-attr]
+        assert seqs_until_silence(subscriber) == [] and subscriber.accounting.predictions == 1
+    assert caplog.text.count("dropped") == 1
+    with subscribe_again(lasting, **before) as subscriber, pytest.raises(TimeoutError):
+        subscriber.next(0.5)  # all is acknowledged
+
+
+def test_session_that_joins_a_group_takes_no_more_than_its_share(lasting: Any, predictions: Any) -> None:
+    subscribe_again(lasting).close()
+    with subscribe_again(lasting, group="g") as one, Subscriber(lasting.url, group="g") as other:
+        lasting.publish(TOPIC, *predictions(*range(1, 21)))
+        received = [seqs_until_silence(subscriber) for subscriber in (one, other)]
+    assert all(received) and sorted(received[0] + received[1]) == [*range(1, 21)]
+
+
+def in_session_of_archive(broker: Any, *options: str) -> list[str]:
+    """The topics of what comes to another client with the session of :func:`subscribe_again`."""
+    session = ["-i", "archive", "-c", "-q", "1", "-V", "mqttv5", "-x", "60"]
+    command = ["mosquitto_sub", "-h", "127.0.0.1", "-p", str(broker.port), "-F", "%t", *session, *options]
+    return subprocess.run(command, capture_output=True, text=True).stdout.split()
+
+
+def test_subscription_that_an_earlier_run_left_is_given_up(lasting: Any, predictions: Any) -> None:
+    subscribe_again(lasting, kinds=("prediction", "event")).close()
+    with subscribe_again(lasting) as subscriber:
+        lasting.publish("edgekit/pi/door/event", OTHERS["event"])
+        lasting.publish(TOPIC, *predictions(1))
+        assert subscriber.next(10).kind == "prediction"
+    lasting.publish("edgekit/pi/door/event", OTHERS["event"])
+    lasting.publish(TOPIC, *predictions(2))
+    assert in_session_of_archive(lasting, "-t", "none", "-W", "1") == [TOPIC]
+
+
+def test_messages_of_a_foreign_subscription_are_dropped_and_do_not_come_again(
+    lasting: Any, predictions: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    in_session_of_archive(lasting, "-t", "edgekit/#", "-E")
+    for topic in ("edgekit/pi/response/x", "edgekit/pi/command", "edgekit/pi", "edgekit/pi/door/prediction/more"):
+        lasting.publish(topic, {"a": 1})
+    for seq in (1, 2):
+        lasting.publish(TOPIC, *predictions(seq))
+        with subscribe_again(lasting) as subscriber:
+            assert seqs_until_silence(subscriber) == [seq]
+    assert caplog.text.count("dropped") == 1
+
+
+@pytest.mark.parametrize(
     ("end", "again"),
     [("finish", [3]), ("fail", [2, 3]), ("close", [2, 3]), ("ack and close", [3]), ("time out", [3])],
 )
@@ -307,6 +377,68 @@ def test_await_that_is_cancelled_loses_no_message(broker: Any, predictions: Any)
             return message.prediction.seq  # type: ignore[union-attr]
 
     assert asyncio.run(receive()) == 7
+
+
+def connections_of(client_id: str) -> list[str]:
+    return [thread.name for thread in threading.enumerate() if client_id in thread.name]
+
+
+def test_async_with_that_is_cancelled_while_it_connects_leaves_no_client(mosquitto: Any, until: Any) -> None:
+    broker = mosquitto()
+
+    async def enter() -> None:
+        subscriber = Subscriber(broker.url, client_id="cancelled", session_expiry_s=60, patience_s=5)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(subscriber.__aenter__(), 0.3)
+        broker.start()
+        with pytest.raises(StopAsyncIteration):
+            await asyncio.wait_for(anext(subscriber), 20)
+
+    broker.stop()
+    asyncio.run(enter())
+    until(lambda: not connections_of("cancelled"))
+    with Subscriber(broker.url, client_id="cancelled", session_expiry_s=60) as again:
+        assert not again._connection.client.session_present, "the cancelled one has connected"
+
+
+def test_async_with_that_is_cancelled_while_it_subscribes_leaves_no_client(
+    mosquitto: Any, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker, connected = mosquitto(), threading.Event()
+    monkeypatch.setattr(Subscriber, "_answered", lambda *_: None)  # the broker's answer is lost
+    monkeypatch.setattr(Subscriber, "_connected", lambda _: connected.set())
+
+    async def enter() -> None:
+        entering = asyncio.create_task(Subscriber(broker.url, client_id="cancelled").__aenter__())
+        await asyncio.to_thread(connected.wait, 20)
+        entering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+        assert not connections_of("cancelled")
+
+    asyncio.run(enter())
+
+
+def test_async_with_that_is_cancelled_before_its_thread_begins_never_connects(broker: Any) -> None:
+    async def enter() -> None:
+        loop, free = asyncio.get_running_loop(), threading.Event()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        busy = asyncio.create_task(asyncio.to_thread(free.wait, 20))
+        await asyncio.sleep(0)
+        subscriber = Subscriber(broker.url, client_id="cancelled")
+        entering = asyncio.create_task(subscriber.__aenter__())
+        await asyncio.sleep(0)
+        entering.cancel()
+        await asyncio.sleep(0)
+        free.set()
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+        await busy
+        with pytest.raises(StopAsyncIteration):
+            await anext(subscriber)
+
+    asyncio.run(enter())
+    assert not connections_of("cancelled")
 
 
 def test_unreachable_broker_is_an_error_of_async_with(free_port: Any) -> None:
